@@ -1,0 +1,38 @@
+// A persistent pool for one engine. The calling thread works too; idle workers spin for some microseconds, then sleep.
+// Tiles are claimed one by one, so a core that is busy elsewhere costs at most the tile it holds.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace limbeck {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const;  // the calling thread included
+
+  // Runs body(tile, thread) for every tile in [0, tiles), thread in [0, size()), and returns when all are done.
+  // The first exception by tile number is thrown again here. Not reentrant.
+  template <class Body>
+  void parallel(int64_t tiles, Body&& body) {
+    using B = std::remove_reference_t<Body>;
+    run(tiles, [](void* ctx, int64_t tile, int thread) { (*static_cast<B*>(ctx))(tile, thread); }, const_cast<std::remove_const_t<B>*>(&body));
+  }
+
+  // At least `bytes` bytes, 64-byte aligned, private to `thread`, kept between calls (contents undefined).
+  void* scratch(int thread, size_t bytes);
+
+ private:
+  using Fn = void (*)(void*, int64_t, int);
+  void run(int64_t tiles, Fn fn, void* ctx);
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace limbeck

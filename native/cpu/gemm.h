@@ -1,0 +1,38 @@
+// Matrix products on packed panels. C is row-major float32; A and B are views with any unit stride, float32 or bfloat16 (widened
+// while packing). The bits of a result depend on shapes and instruction set only, never on the number of threads.
+#pragma once
+#include "core/kernel.h"
+
+namespace limbeck::cpu::LIMBECK_ISA {
+
+// Element (i, j) is data[i * row_stride + j * col_stride]; one of the strides is 1.
+struct Matrix {
+  const void* data;
+  int64_t row_stride;
+  int64_t col_stride;
+  DType dtype = DType::f32;
+};
+inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
+inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
+
+// Called once for each finished block of C (rows i0.., columns j0..), on the thread that made it, while it is still in cache.
+struct TileHook {
+  void (*run)(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) = nullptr;
+  void* ctx = nullptr;
+};
+
+struct GemmOptions {
+  bool accumulate = false;        // C += A B instead of C = A B
+  float alpha = 1.f;
+  const float* bias = nullptr;    // added to every row, n values
+  TileHook hook = {};
+};
+
+// C[m n] (row stride ldc) = alpha * A[m k] B[k n] (+ C) (+ bias).
+void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
+
+// The same on the calling thread, for use inside ThreadPool::parallel. `scratch` is gemm_scratch_bytes() bytes, 64-byte aligned.
+size_t gemm_scratch_bytes();
+void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
+
+}  // namespace limbeck::cpu::LIMBECK_ISA
