@@ -1,0 +1,425 @@
+// The Node-API face of the engine. Only integers and numbers cross in a hot call: JavaScript writes an op's arguments into a shared
+// Float64Array, calls with the op's number, and finds the outputs' handles and shapes in the same array.
+#include <napi.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/cpuid.h"
+#include "core/engine.h"
+
+namespace limbeck {
+
+void register_text(Napi::Env env, Napi::Object exports) __attribute__((weak));
+
+namespace {
+
+// Raised when the meaning of a function or of the shared array changes; src/tensor/native.ts holds its twin.
+constexpr int kAbi = 1;
+constexpr size_t kIoSlots = 256;
+// After a call, each output takes this many slots of the shared array: handle, dtype, rank, dims.
+constexpr size_t kOutputSlots = 3 + kMaxRank;
+
+constexpr const char* kKinds[] = {"shape", "dtype", "memory", "device", "config", "format", "data", "disposed", "internal"};
+
+Napi::Value to_js(Napi::Env env, const Error& e) {
+  Napi::Object error = Napi::Error::New(env, e.what()).Value();
+  error.Set("kind", kKinds[static_cast<size_t>(e.kind)]);
+  error.Set("code", e.code);
+  if (!e.op.empty()) error.Set("op", e.op);
+  if (!e.argument.empty()) error.Set("argument", e.argument);
+  if (!e.expected.empty()) error.Set("expected", e.expected);
+  if (!e.actual.empty()) error.Set("actual", e.actual);
+  return error;
+}
+
+// Runs `body`; whatever it throws becomes a pending JavaScript exception.
+template <class Body>
+napi_value guard(napi_env env, Body&& body) {
+  try {
+    return body();
+  } catch (const Napi::Error& e) {
+    e.ThrowAsJavaScriptException();
+  } catch (const Error& e) {
+    napi_throw(env, to_js(env, e));
+  } catch (const std::bad_alloc&) {
+    napi_throw(env, to_js(env, Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY", "limbeck: the system has no memory left")));
+  } catch (const std::exception& e) {
+    napi_throw(env, to_js(env, Error(ErrorKind::internal, "ERR_INTERNAL", e.what())));
+  }
+  return nullptr;
+}
+
+struct Pending {
+  napi_deferred deferred;
+  napi_ref buffer = nullptr;
+  std::unique_ptr<Error> fault;
+};
+
+// What belongs to one JavaScript environment: the main thread or a worker.
+struct Instance {
+  std::unique_ptr<Engine> engine;
+  double* io = nullptr;
+  napi_ref io_ref = nullptr;
+  napi_threadsafe_function settle = nullptr;
+  int pending = 0;
+  napi_env env;
+
+  Engine& live() {
+    if (!engine) throw Error(ErrorKind::config, "ERR_NOT_STARTED", "limbeck: the engine was not started");
+    return *engine;
+  }
+};
+
+Instance& instance_of(napi_env env) {
+  void* data;
+  napi_get_instance_data(env, &data);
+  return *static_cast<Instance*>(data);
+}
+
+struct Args {
+  napi_value value[8];
+  size_t count = 8;
+  Args(napi_env env, napi_callback_info info) { napi_get_cb_info(env, info, &count, value, nullptr, nullptr); }
+};
+
+double number(napi_env env, napi_value v) {
+  double d = 0;
+  if (napi_get_value_double(env, v, &d) != napi_ok) throw Error(ErrorKind::internal, "ERR_INTERNAL", "limbeck: a number was expected");
+  return d;
+}
+
+// start(io: Float64Array, threads, memoryLimit, isa or "")
+napi_value start(napi_env env, napi_callback_info info) {
+  return guard(env, [&]() -> napi_value {
+    Args a(env, info);
+    Instance& me = instance_of(env);
+    if (me.engine) throw Error(ErrorKind::config, "ERR_STARTED", "init: the engine runs already; call init() before anything else");
+    Napi::Float64Array io = Napi::Value(env, a.value[0]).As<Napi::Float64Array>();
+    if (io.ElementLength() < kIoSlots) throw Error(ErrorKind::internal, "ERR_INTERNAL", "limbeck: the shared array is too small");
+    const std::string isa = Napi::Value(env, a.value[3]).As<Napi::String>();
+    EngineOptions options;
+    options.threads = static_cast<int>(number(env, a.value[1]));
+    options.memory_limit = static_cast<size_t>(number(env, a.value[2]));
+    options.kernels = &choose_isa(isa);
+    me.engine = std::make_unique<Engine>(options);
+    me.io = io.Data();
+    napi_create_reference(env, a.value[0], 1, &me.io_ref);
+    return nullptr;
+  });
+}
+
+// define(signature) -> { id, arguments, inputs, outputs, aliases }
+Napi::Value define(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  Napi::Object result = Napi::Object::New(env);
+  guard(env, [&]() -> napi_value {
+    Engine& engine = instance_of(env).live();
+    const int id = engine.define(Signature::parse(info[0].As<Napi::String>().Utf8Value()));
+    const Signature& sig = engine.signature(id);
+    const auto tensors = [&](const std::vector<TensorSpec>& specs) {
+      Napi::Array list = Napi::Array::New(env, specs.size());
+      for (size_t i = 0; i < specs.size(); ++i) {
+        Napi::Object o = Napi::Object::New(env);
+        o.Set("name", specs[i].name);
+        o.Set("optional", specs[i].optional);
+        o.Set("inPlace", specs[i].in_place);
+        o.Set("accumulates", specs[i].accumulates);
+        list.Set(i, o);
+      }
+      return list;
+    };
+    Napi::Array arguments = Napi::Array::New(env, sig.arguments.size());
+    for (size_t i = 0; i < sig.arguments.size(); ++i) {
+      Napi::Object o = Napi::Object::New(env);
+      o.Set("name", sig.arguments[i].name);
+      o.Set("scalar", sig.arguments[i].scalar);
+      arguments.Set(i, o);
+    }
+    Napi::Array aliases = Napi::Array::New(env, sig.aliases.size());
+    for (size_t i = 0; i < sig.aliases.size(); ++i) {
+      Napi::Object o = Napi::Object::New(env);
+      o.Set("name", sig.aliases[i].first);
+      o.Set("of", sig.aliases[i].second);
+      aliases.Set(i, o);
+    }
+    result.Set("id", id);
+    result.Set("op", sig.op);
+    result.Set("arguments", arguments);
+    result.Set("inputs", tensors(sig.in));
+    result.Set("outputs", tensors(sig.out));
+    result.Set("aliases", aliases);
+    return nullptr;
+  });
+  return result;
+}
+
+// call(op). In: arguments in order (handle, 0 for absent, or number), then for each output two numbers: -1 allocate, 0 skip or a
+// handle; and 1 to accumulate. Out: for each output handle, dtype, rank, dims.
+napi_value call(napi_env env, napi_callback_info info) {
+  return guard(env, [&]() -> napi_value {
+    Args a(env, info);
+    Instance& me = instance_of(env);
+    Engine& engine = me.live();
+    const int op = static_cast<int>(number(env, a.value[0]));
+    const Signature& sig = engine.signature(op);
+    Handle in[kMaxTensors], out[kMaxTensors];
+    double scalars[kMaxScalars];
+    OutputRequest requests[kMaxTensors];
+    const double* at = me.io;
+    for (const Argument& argument : sig.arguments) {
+      if (argument.scalar) scalars[argument.index] = *at++;
+      else in[argument.index] = static_cast<Handle>(*at++);
+    }
+    for (size_t i = 0; i < sig.out.size(); ++i, at += 2) {
+      if (at[0] < 0) requests[i] = {OutputRequest::allocate, 0, false};
+      else if (at[0] == 0) requests[i] = {OutputRequest::skip, 0, false};
+      else requests[i] = {OutputRequest::existing, static_cast<Handle>(at[0]), at[1] != 0};
+    }
+    engine.call(op, in, scalars, requests, out);
+    double* to = me.io;
+    for (size_t i = 0; i < sig.out.size(); ++i, to += kOutputSlots) {
+      to[0] = static_cast<double>(out[i]);
+      if (!out[i]) continue;
+      const View& v = engine.at(out[i]);
+      to[1] = static_cast<double>(v.dtype);
+      to[2] = v.rank;
+      for (int d = 0; d < v.rank; ++d) to[3 + d] = static_cast<double>(v.dims[d]);
+    }
+    return nullptr;
+  });
+}
+
+napi_value handle_value(napi_env env, Handle h) {
+  napi_value v;
+  napi_create_double(env, static_cast<double>(h), &v);
+  return v;
+}
+
+// Dims wait in the shared array.
+int dims_from(const Instance& me, double rank, int64_t* dims) {
+  const int n = static_cast<int>(rank);
+  for (int i = 0; i < n && i < kMaxRank; ++i) dims[i] = static_cast<int64_t>(me.io[i]);
+  return n;
+}
+
+// create(dtype, rank) -> handle
+napi_value create(napi_env env, napi_callback_info info) {
+  return guard(env, [&] {
+    Args a(env, info);
+    Instance& me = instance_of(env);
+    int64_t dims[kMaxRank];
+    const int rank = dims_from(me, number(env, a.value[1]), dims);
+    return handle_value(env, me.live().create(static_cast<DType>(static_cast<int>(number(env, a.value[0]))), dims, rank));
+  });
+}
+
+// view(of, offset, rank) -> handle
+napi_value view(napi_env env, napi_callback_info info) {
+  return guard(env, [&] {
+    Args a(env, info);
+    Instance& me = instance_of(env);
+    int64_t dims[kMaxRank];
+    const int rank = dims_from(me, number(env, a.value[2]), dims);
+    return handle_value(env, me.live().view(static_cast<Handle>(number(env, a.value[0])), static_cast<int64_t>(number(env, a.value[1])), dims, rank));
+  });
+}
+
+// release(handle)
+napi_value release(napi_env env, napi_callback_info info) {
+  return guard(env, [&]() -> napi_value {
+    Args a(env, info);
+    instance_of(env).live().release(static_cast<Handle>(number(env, a.value[0])));
+    return nullptr;
+  });
+}
+
+struct Bytes {
+  char* data;
+  size_t size;
+};
+
+Bytes bytes_of(napi_env env, napi_value v) {
+  Napi::TypedArray array = Napi::Value(env, v).As<Napi::TypedArray>();
+  return {static_cast<char*>(array.ArrayBuffer().Data()) + array.ByteOffset(), array.ByteLength()};
+}
+
+// write(handle, typedArray): the data is copied before the call returns
+napi_value write(napi_env env, napi_callback_info info) {
+  return guard(env, [&]() -> napi_value {
+    Args a(env, info);
+    const Bytes b = bytes_of(env, a.value[1]);
+    instance_of(env).live().write(static_cast<Handle>(number(env, a.value[0])), b.data, b.size);
+    return nullptr;
+  });
+}
+
+// Settles a promise on the JavaScript thread.
+void settle(napi_env env, napi_value, void*, void* data) {
+  std::unique_ptr<Pending> p(static_cast<Pending*>(data));
+  if (!env) return;  // the environment is being torn down
+  Instance& me = instance_of(env);
+  napi_value value;
+  napi_get_undefined(env, &value);
+  if (p->buffer) {
+    if (!p->fault) napi_get_reference_value(env, p->buffer, &value);
+    napi_delete_reference(env, p->buffer);
+  }
+  if (p->fault) {
+    if (me.engine) me.engine->clear_fault();
+    napi_reject_deferred(env, p->deferred, to_js(env, *p->fault));
+  } else {
+    napi_resolve_deferred(env, p->deferred, value);
+  }
+  if (--me.pending == 0) napi_unref_threadsafe_function(env, me.settle);
+}
+
+// A promise that settles when the stream comes to it; the process stays alive until then.
+template <class Enqueue>
+napi_value promise(napi_env env, napi_value buffer, Enqueue&& enqueue) {
+  Instance& me = instance_of(env);
+  auto pending = std::make_unique<Pending>();
+  napi_value result;
+  napi_create_promise(env, &pending->deferred, &result);
+  if (buffer) napi_create_reference(env, buffer, 1, &pending->buffer);
+  if (me.pending++ == 0) napi_ref_threadsafe_function(env, me.settle);
+  Pending* p = pending.release();
+  try {
+    enqueue([p, tsfn = me.settle](const Error* fault) {
+      if (fault) p->fault = std::make_unique<Error>(*fault);
+      napi_call_threadsafe_function(tsfn, p, napi_tsfn_blocking);
+    });
+  } catch (const Error& e) {
+    p->fault = std::make_unique<Error>(e);
+    napi_call_threadsafe_function(me.settle, p, napi_tsfn_blocking);
+  }
+  return result;
+}
+
+// read(handle, typedArray) -> promise of the same array, filled
+napi_value read(napi_env env, napi_callback_info info) {
+  return guard(env, [&] {
+    Args a(env, info);
+    Engine& engine = instance_of(env).live();
+    const Handle h = static_cast<Handle>(number(env, a.value[0]));
+    engine.at(h, "read");
+    const Bytes b = bytes_of(env, a.value[1]);
+    return promise(env, a.value[1], [&](Engine::Done done) { engine.read(h, b.data, b.size, std::move(done)); });
+  });
+}
+
+// sync() -> promise that resolves when all work enqueued before is done
+napi_value sync(napi_env env, napi_callback_info) {
+  return guard(env, [&] {
+    Engine& engine = instance_of(env).live();
+    return promise(env, nullptr, [&](Engine::Done done) { engine.sync(std::move(done)); });
+  });
+}
+
+Napi::Value memory(const Napi::CallbackInfo& info) {
+  Napi::Object o = Napi::Object::New(info.Env());
+  const Instance& me = instance_of(info.Env());
+  const MemoryReport m = me.engine ? me.engine->memory() : MemoryReport{};
+  o.Set("live", static_cast<double>(m.live));
+  o.Set("peak", static_cast<double>(m.peak));
+  o.Set("reserved", static_cast<double>(m.reserved));
+  o.Set("limit", static_cast<double>(m.limit));
+  o.Set("tensors", static_cast<double>(m.tensors));
+  return o;
+}
+
+napi_value reset_peak(napi_env env, napi_callback_info) {
+  return guard(env, [&]() -> napi_value { instance_of(env).live().reset_peak(); return nullptr; });
+}
+
+napi_value trim(napi_env env, napi_callback_info) {
+  return guard(env, [&]() -> napi_value { instance_of(env).live().trim(); return nullptr; });
+}
+
+Napi::Value profile(const Napi::CallbackInfo& info) {
+  guard(info.Env(), [&]() -> napi_value { instance_of(info.Env()).live().profile(info[0].ToBoolean()); return nullptr; });
+  return info.Env().Undefined();
+}
+
+Napi::Value profiled(const Napi::CallbackInfo& info) {
+  Napi::Array list = Napi::Array::New(info.Env());
+  guard(info.Env(), [&]() -> napi_value {
+    uint32_t i = 0;
+    for (const OpProfile& p : instance_of(info.Env()).live().profiled()) {
+      Napi::Object o = Napi::Object::New(info.Env());
+      o.Set("op", p.op);
+      o.Set("count", static_cast<double>(p.count));
+      o.Set("seconds", p.seconds);
+      list.Set(i++, o);
+    }
+    return nullptr;
+  });
+  return list;
+}
+
+Napi::Value info(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  Napi::Object o = Napi::Object::New(env);
+  Napi::Array compiled = Napi::Array::New(env);
+  for (int i = 0; i < cpu_isa_count; ++i) compiled.Set(static_cast<uint32_t>(i), cpu_isas[i].isa);
+  o.Set("compiled", compiled);
+  const Instance& me = instance_of(env);
+  if (me.engine) {
+    o.Set("isa", me.engine->isa());
+    o.Set("threads", me.engine->threads());
+  }
+  o.Set("blas", blas_name);
+  o.Set("compiler", __VERSION__);
+  return o;
+}
+
+void set_raw(napi_env env, napi_value exports, const char* name, napi_callback cb) {
+  napi_value f;
+  napi_create_function(env, name, NAPI_AUTO_LENGTH, cb, nullptr, &f);
+  napi_set_named_property(env, exports, name, f);
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  auto* me = new Instance{};
+  me->env = env;
+  napi_set_instance_data(env, me, nullptr, nullptr);
+  napi_value name;
+  napi_create_string_utf8(env, "limbeck", NAPI_AUTO_LENGTH, &name);
+  napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, nullptr, settle, &me->settle);
+  napi_unref_threadsafe_function(env, me->settle);
+  // Workers may end at any moment: the engine stops after the kernel it is in. Hooks run last first, so this one runs before the
+  // thread-safe function goes.
+  napi_add_env_cleanup_hook(
+      env,
+      [](void* data) {
+        auto* self = static_cast<Instance*>(data);
+        self->engine.reset();
+        delete self;
+      },
+      me);
+
+  exports.Set("abi", kAbi);
+  set_raw(env, exports, "start", start);
+  exports.Set("define", Napi::Function::New(env, define));
+  set_raw(env, exports, "call", call);
+  set_raw(env, exports, "create", create);
+  set_raw(env, exports, "view", view);
+  set_raw(env, exports, "release", release);
+  set_raw(env, exports, "write", write);
+  set_raw(env, exports, "read", read);
+  set_raw(env, exports, "sync", sync);
+  exports.Set("memory", Napi::Function::New(env, memory));
+  set_raw(env, exports, "resetPeak", reset_peak);
+  set_raw(env, exports, "trim", trim);
+  exports.Set("profile", Napi::Function::New(env, profile));
+  exports.Set("profiled", Napi::Function::New(env, profiled));
+  exports.Set("info", Napi::Function::New(env, info));
+  if (register_text) register_text(env, exports);
+  return exports;
+}
+
+NODE_API_MODULE(NODE_GYP_MODULE_NAME, init)
+
+}  // namespace
+}  // namespace limbeck
