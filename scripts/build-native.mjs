@@ -8,7 +8,17 @@
 //
 // Environment: CXX, LIMBECK_BLAS (builtin | auto | openblas | mkl | accelerate), LIMBECK_SANITIZE (address,undefined), LIMBECK_JOBS.
 import { spawn, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, utimesSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  utimesSync,
+  writeFileSync,
+} from 'node:fs';
 import { createRequire } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
@@ -86,7 +96,13 @@ function inputs() {
 function stamp(compiler) {
   const { version } = JSON.parse(readFileSync(require.resolve('node-addon-api/package.json'), 'utf8'));
   const files = inputs().map((f) => path.relative(root, f));
-  return JSON.stringify({ compiler: `${compiler.name} ${compiler.kind} ${compiler.major}`, blas, sanitize, addonApi: version, files });
+  return JSON.stringify({
+    compiler: `${compiler.name} ${compiler.kind} ${compiler.major}`,
+    blas,
+    sanitize,
+    addonApi: version,
+    files,
+  });
 }
 
 function upToDate(wanted) {
@@ -152,7 +168,11 @@ function stale(object) {
   const dependencies = object.replace(/\.o$/, '.d');
   if (!existsSync(object) || !existsSync(dependencies)) return true;
   const built = statSync(object).mtimeMs;
-  const files = readFileSync(dependencies, 'utf8').replace(/^[^:]*:/, '').replace(/\\\n/g, ' ').trim().split(/(?<!\\)\s+/);
+  const files = readFileSync(dependencies, 'utf8')
+    .replace(/^[^:]*:/, '')
+    .replace(/\\\n/g, ' ')
+    .trim()
+    .split(/(?<!\\)\s+/);
   return files.some((name) => {
     const file = name.replace(/\\ /g, ' ');
     return !existsSync(file) || statSync(file).mtimeMs > built;
@@ -209,11 +229,15 @@ async function withCompiler(compiler, tests) {
   const programs = [];
   for (const isa of isas) {
     const extra = [...isa.flags, `-DLIMBECK_ISA=${isa.name}`];
-    for (const source of list(path.join(native, build.perIsa), '.cpp')) kernels.push(add(source, place('cpu', source, `.${isa.name}`), extra));
+    for (const source of list(path.join(native, build.perIsa), '.cpp'))
+      kernels.push(add(source, place('cpu', source, `.${isa.name}`), extra));
     if (!tests) continue;
     for (const source of list(path.join(root, 'test', 'native'), '_test.cpp')) {
       const stem = `${path.basename(source, '.cpp')}.${isa.name}`;
-      programs.push({ output: path.join(buildFolder, 'tests', stem), object: add(source, path.join(objects, 'tests', `${stem}.o`), extra) });
+      programs.push({
+        output: path.join(buildFolder, 'tests', stem),
+        object: add(source, path.join(objects, 'tests', `${stem}.o`), extra),
+      });
     }
   }
   if (tasks.length > 0) console.error(`limbeck: compiling ${tasks.length} files with ${compiler.name} (${jobs} at once)`);
@@ -226,13 +250,25 @@ async function withCompiler(compiler, tests) {
   const link = [
     {
       command: compiler.command,
-      args: [...linkFlags, ...(build.link[process.platform] ?? build.link.linux), ...engine, ...binding, ...kernels, '-o', `${addon}.new`],
+      args: [
+        ...linkFlags,
+        ...(build.link[process.platform] ?? build.link.linux),
+        ...engine,
+        ...binding,
+        ...kernels,
+        '-o',
+        `${addon}.new`,
+      ],
       label: 'linking limbeck.node',
     },
   ];
   mkdirSync(path.join(buildFolder, 'tests'), { recursive: true });
   for (const { output, object } of programs) {
-    link.push({ command: compiler.command, args: [...linkFlags, '-pthread', ...engine, ...kernels, object, '-o', output], label: output });
+    link.push({
+      command: compiler.command,
+      args: [...linkFlags, '-pthread', ...engine, ...kernels, object, '-o', output],
+      label: output,
+    });
   }
   await compileAll(link);
   renameSync(`${addon}.new`, addon);
@@ -257,14 +293,17 @@ async function main() {
   if (tests || has('--force') || !upToDate(wanted)) {
     rmSync(stampFile, { force: true });
     const began = Date.now();
-    const direct = has('--direct') || !run('cmake', ['--version']).ok || !(run('ninja', ['--version']).ok || run('make', ['--version']).ok);
+    const direct =
+      has('--direct') || !run('cmake', ['--version']).ok || !(run('ninja', ['--version']).ok || run('make', ['--version']).ok);
     if (direct) await withCompiler(compiler, tests);
     else withCMake(compiler, tests);
     // An object that was up to date leaves the addon's time as it was; it is current all the same.
     const now = new Date();
     utimesSync(addon, now, now);
     writeFileSync(stampFile, wanted);
-    console.error(`limbeck: native core built in ${((Date.now() - began) / 1000).toFixed(1)} s (${direct ? compiler.name : 'cmake-js'})`);
+    console.error(
+      `limbeck: native core built in ${((Date.now() - began) / 1000).toFixed(1)} s (${direct ? compiler.name : 'cmake-js'})`,
+    );
   }
   if (tests) for (const program of testPrograms()) console.log(program);
 }
