@@ -53,6 +53,8 @@ export class DeviceError extends LimbeckError {}
 export class ConfigError extends LimbeckError {}
 /** A file is not what it claims to be. */
 export class FormatError extends LimbeckError {}
+/** A file or folder cannot be read or written; `cause` is what the system said. */
+export class FileError extends LimbeckError {}
 /** The data cannot be used: a token id out of range, an empty corpus, a malformed record. */
 export class DataError extends LimbeckError {}
 /** A tensor was used after it was freed. */
