@@ -1,8 +1,6 @@
-import { execFile } from 'node:child_process';
 import { lstat, mkdir, mkdtemp, open, readdir, readFile, rename, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { promisify } from 'node:util';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { isPartial, readAll, recoverFolder, replaceFolder, writeAll, writeAtomic } from '../../src/io/atomic.ts';
 import { FileError } from '../../src/tensor/errors.ts';
@@ -63,25 +61,6 @@ describe('writeAtomic', () => {
     expect(error.message).toContain('the disk is full');
     expect(await text(path)).toBe('old');
     expect(await readdir(folder)).toEqual(['file']);
-  });
-
-  it.runIf(process.platform === 'linux')('a file above the size limit of the process loses nothing', async () => {
-    const path = join(folder, 'file');
-    await put('old')(path);
-    const program = `
-      import { writeFileSync, readdirSync, renameSync } from 'node:fs';
-      import { open } from 'node:fs/promises';
-      const file = await open(process.argv[1], 'w');
-      try { let left = 65536; while (left > 0) left -= (await file.write(Buffer.alloc(left))).bytesWritten; }
-      catch (error) { console.log(error.code); }`;
-    const limited = await promisify(execFile)('bash', [
-      '-c',
-      'ulimit -f 8; exec "$0" --input-type=module -e "$1" "$2"',
-      process.execPath,
-      program,
-      join(folder, 'big'),
-    ]);
-    expect(limited.stdout.trim()).toBe('EFBIG');
   });
 
   it('a folder that cannot be written, or is no folder', async () => {
