@@ -1,0 +1,112 @@
+// One pass over one, two or three arrays: as fast as memory.
+#include "cpu/lanes.h"
+
+namespace limbeck::cpu::LIMBECK_ISA {
+
+// add(a[*], b[*]) -> y[*]
+static void add(const Call& call) {
+  const float *a = call.in[0].as<float>(), *b = call.in[1].as<float>();
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(a + i) + lanes.get(b + i)); });
+}
+
+// sub(a[*], b[*]) -> y[*]
+static void sub(const Call& call) {
+  const float *a = call.in[0].as<float>(), *b = call.in[1].as<float>();
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(a + i) - lanes.get(b + i)); });
+}
+
+// sub_backward(dy[*]) -> db[*]+
+static void sub_backward(const Call& call) {
+  const float* dy = call.in[0].as<float>();
+  const Sink db(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { db.put(i, lanes, -lanes.get(dy + i)); });
+}
+
+// mul(a[*], b[*]) -> y[*]
+static void mul(const Call& call) {
+  const float *a = call.in[0].as<float>(), *b = call.in[1].as<float>();
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(a + i) * lanes.get(b + i)); });
+}
+
+// mul_backward(dy[*], a[*], b[*]) -> da[*]+, db[*]+
+static void mul_backward(const Call& call) {
+  const float *dy = call.in[0].as<float>(), *a = call.in[1].as<float>(), *b = call.in[2].as<float>();
+  const Sink da(call, 0), db(call, 1);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) {
+    const Vec d = lanes.get(dy + i);
+    da.put(i, lanes, d * lanes.get(b + i));
+    db.put(i, lanes, d * lanes.get(a + i));
+  });
+}
+
+// scale(x[*], s) -> y[*], scale_backward(dy[*], s) -> dx[*]+
+static void scale(const Call& call) {
+  const float* x = call.in[0].as<float>();
+  const float s = static_cast<float>(call.scalar[0]);
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i) * s); });
+}
+
+// fill(x[*]&, value)
+static void fill(const Call& call) {
+  float* x = call.in[0].as<float>();
+  const float value = static_cast<float>(call.scalar[0]);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(x + i, splat(value)); });
+}
+
+// copy(x[*]) -> y[*], copy_backward(dy[*]) -> dx[*]+
+static void copy(const Call& call) {
+  const float* x = call.in[0].as<float>();
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
+}
+
+// add_(y[*]&, x[*])
+static void add_into(const Call& call) {
+  float* y = call.in[0].as<float>();
+  const float* x = call.in[1].as<float>();
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(y + i) + lanes.get(x + i)); });
+}
+
+// to_bf16(x[*]) -> y[*]:bf16, rounded to nearest, ties to even
+static void to_bf16(const Call& call) {
+  const float* x = call.in[0].as<float>();
+  uint16_t* y = call.out[0].as<uint16_t>();
+  if (y) for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+}
+
+// to_f32(x[*]:float) -> y[*]
+static void to_f32(const Call& call) {
+  if (call.in[0].dtype == DType::f32) return copy(call);
+  const uint16_t* x = call.in[0].as<uint16_t>();
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
+}
+
+// softcap(x[*], cap) -> y[*] = cap tanh(x / cap)
+static void softcap(const Call& call) {
+  const float* x = call.in[0].as<float>();
+  const float cap = static_cast<float>(call.scalar[0]), per = static_cast<float>(1 / call.scalar[0]);
+  const Sink y(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, tanh(lanes.get(x + i) * per) * cap); });
+}
+
+// softcap_backward(dy[*], y[*], cap) -> dx[*]+ = dy (1 - (y / cap)^2)
+static void softcap_backward(const Call& call) {
+  const float *dy = call.in[0].as<float>(), *y = call.in[1].as<float>();
+  const float per = static_cast<float>(1 / call.scalar[0]);
+  const Sink dx(call, 0);
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) {
+    const Vec t = lanes.get(y + i) * per;
+    dx.put(i, lanes, lanes.get(dy + i) * (1.f - t * t));
+  });
+}
+
+}  // namespace limbeck::cpu::LIMBECK_ISA
+
+LIMBECK_KERNELS(elementwise, {"add", add}, {"sub", sub}, {"sub_backward", sub_backward}, {"mul", mul}, {"mul_backward", mul_backward},
+                {"scale", scale}, {"scale_backward", scale}, {"fill", fill}, {"copy", copy}, {"copy_backward", copy}, {"add_", add_into},
+                {"to_bf16", to_bf16}, {"to_f32", to_f32}, {"softcap", softcap}, {"softcap_backward", softcap_backward})

@@ -1,0 +1,72 @@
+// Rotary position embedding in the half-split (NEOX) layout: dims i and i + d/2 turn together by position * base^(-2i/d).
+// B batch, T tokens, H heads, D head size.
+#include <cmath>
+
+#include "core/fail.h"
+#include "cpu/lanes.h"
+
+namespace limbeck::cpu::LIMBECK_ISA {
+
+static void check_even(const Call& call, int64_t d, const char* argument) {
+  if (d > 0 && d % 2 == 0) return;
+  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
+       text("the head size is %lld, but rotary embedding turns pairs: it must be even and positive", static_cast<long long>(d)),
+       text("an even number"), text("%lld", static_cast<long long>(d)));
+}
+
+// rope_table(positions[*]:i32, d, base) -> table[* d]: cosines, then sines; angles in float64.
+static void rope_table(const Call& call) {
+  const int32_t* positions = call.in[0].as<int32_t>();
+  const int64_t d = call.out[0].cols(), half = d / 2;
+  check_even(call, d, "d");
+  const double base = call.scalar[1];
+  double* frequency = static_cast<double*>(call.workspace);
+  for (int64_t i = 0; i < half; ++i) frequency[i] = ::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+  float* table = call.out[0].as<float>();
+  if (!table) return;
+  for_chunks(call, call.in[0].size(), 64, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* to = table + row * d;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = positions[row] * frequency[i];
+        to[i] = static_cast<float>(::cos(angle));
+        to[half + i] = static_cast<float>(::sin(angle));
+      }
+    }
+  });
+}
+
+static size_t rope_table_bytes(const Call& call) {
+  return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
+}
+
+// y may be x: a pair is read before it is written.
+static void rotate(const Call& call, float direction) {
+  const View& x = call.in[0];
+  const int64_t heads = x.dims[2], d = x.dims[3], half = d / 2;
+  check_even(call, d, "x");
+  const float *from = x.as<float>(), *table = call.in[1].as<float>();
+  const Sink y(call, 0);
+  for_rows(call, x.dims[0] * x.dims[1], heads * d, [=](int64_t row) {
+    const float *cosines = table + row * d, *sines = cosines + half;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t at = (row * heads + h) * d;
+      for_lanes(0, half, [=](int64_t i, auto lanes) {
+        const Vec a = lanes.get(from + at + i), b = lanes.get(from + at + half + i);
+        const Vec c = lanes.get(cosines + i), s = lanes.get(sines + i) * direction;
+        y.put(at + i, lanes, a * c - b * s);
+        y.put(at + half + i, lanes, b * c + a * s);
+      });
+    }
+  });
+}
+
+// rope(x[b t h d], table[b t d], direction) -> y[b t h d]
+static void rope(const Call& call) { rotate(call, static_cast<float>(call.scalar[0])); }
+
+// rope_backward(dy[b t h d], table[b t d], direction) -> dx[b t h d]+: a rotation's gradient turns the other way.
+static void rope_backward(const Call& call) { rotate(call, static_cast<float>(-call.scalar[0])); }
+
+}  // namespace limbeck::cpu::LIMBECK_ISA
+
+LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope", rope}, {"rope_backward", rope_backward})
