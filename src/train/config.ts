@@ -136,7 +136,8 @@ const shared = {
       length: z.int().min(2).default(256).describe('Tokens in a sequence. Default 256.'),
       accumulate: count().default(1).describe('Micro-batches added up before an optimizer step. Default 1.'),
     })
-    .prefault({}),
+    .prefault({})
+    .describe('What one optimizer step sees: sequences × length × accumulate tokens.'),
   steps: count().optional().describe('Optimizer steps; give this or tokens.'),
   tokens: count().optional().describe('Training tokens, rounded up to whole steps; give this or steps.'),
   optimizer: optimizerSchema.prefault({}),
@@ -204,7 +205,9 @@ const distillSchema = z
       .min(1)
       .optional()
       .describe('Path of a tokenizer.json. Default: the one saved with the teacher, whose ids the student must share.'),
-    teacher: z.strictObject({ checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.') }),
+    teacher: z
+      .strictObject({ checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.') })
+      .describe('Whose distribution is learned.'),
     distill: z
       .strictObject({
         divergence: divergenceSchema.prefault({ kind: 'forward_kl' }),
@@ -354,7 +357,7 @@ async function importTypeScript(file: string): Promise<Record<string, unknown>> 
   const { createJiti } = await import('jiti');
   // `import { defineRun } from 'limbeck'` means this very package, wherever the run file lies.
   const index = fileURLToPath(new URL(`../index${extname(import.meta.url)}`, import.meta.url));
-  const jiti = createJiti(import.meta.url, { alias: { limbeck: index }, moduleCache: false });
+  const jiti = createJiti(import.meta.url, { alias: { limbeck: index }, moduleCache: false, interopDefault: false });
   return jiti.import<Record<string, unknown>>(file);
 }
 
