@@ -1,10 +1,11 @@
 // Builds build/Release/limbeck.node: with cmake-js where CMake is installed, else with the C++ compiler alone.
 // Both follow native/build.json. Nothing is done when the addon is newer than everything that it is made from.
 //
-//   node scripts/build-native.mjs [--direct] [--force] [--tests]
+//   node scripts/build-native.mjs [--direct] [--force] [--tests] [--list]
 //     --direct   use the compiler alone, though CMake is there
 //     --force    look at every file again, even if the addon seems up to date
 //     --tests    also build test/native/*_test.cpp, one program for each instruction set, and print their paths
+//     --list     only print the files that the addon is made from
 //
 // Environment: CXX, LIMBECK_BLAS (builtin | auto | openblas | mkl | accelerate), LIMBECK_SANITIZE (address,undefined), LIMBECK_JOBS.
 import { spawn, spawnSync } from 'node:child_process';
@@ -29,7 +30,7 @@ const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..');
 const native = path.join(root, 'native');
 const buildFolder = path.join(root, 'build');
 const addon = path.join(buildFolder, 'Release', 'limbeck.node');
-const stampFile = path.join(buildFolder, 'Release', 'limbeck.stamp.json');
+const testFolder = path.join(root, 'test', 'native');
 const require = createRequire(import.meta.url);
 
 const has = (flag) => process.argv.includes(flag);
@@ -82,33 +83,40 @@ function findCompiler() {
   );
 }
 
-/** Every file that the addon is made from. */
-function inputs() {
-  const files = [path.join(native, 'build.json'), path.join(native, 'CMakeLists.txt'), fileURLToPath(import.meta.url)];
-  files.push(path.join(root, 'scripts', 'families.mjs'));
-  for (const folder of ['core', 'cpu', 'text', 'binding']) {
-    for (const ending of ['.h', '.cpp']) files.push(...list(path.join(native, folder), ending));
-  }
+/** Every file that the addon, or with it the C++ tests, are made from. */
+function inputs(tests) {
+  const files = [path.join(native, 'build.json'), path.join(native, 'CMakeLists.txt')];
+  files.push(fileURLToPath(import.meta.url), path.join(root, 'scripts', 'families.mjs'));
+  const folders = ['core', 'cpu', 'text', 'binding'].map((folder) => path.join(native, folder));
+  if (tests) folders.push(testFolder);
+  for (const folder of folders) files.push(...list(folder, '.h'), ...list(folder, '.cpp'));
   return files;
 }
 
-// A deleted or renamed file leaves no newer time behind, so the names are part of the stamp.
-function stamp(compiler) {
+// What was built, as text, and when it began, as the file's time. A file that was deleted leaves no newer time behind, so the names
+// are in it.
+function stamp(compiler, tests) {
   const { version } = JSON.parse(readFileSync(require.resolve('node-addon-api/package.json'), 'utf8'));
-  const files = inputs().map((f) => path.relative(root, f));
-  return JSON.stringify({
+  const made = tests ? testPrograms() : [addon];
+  const text = JSON.stringify({
     compiler: `${compiler.name} ${compiler.kind} ${compiler.major}`,
     blas,
     sanitize,
     addonApi: version,
-    files,
+    files: inputs(tests).map((file) => path.relative(root, file)),
   });
-}
-
-function upToDate(wanted) {
-  if (!existsSync(addon) || !existsSync(stampFile) || readFileSync(stampFile, 'utf8') !== wanted) return false;
-  const built = statSync(addon).mtimeMs;
-  return inputs().every((f) => statSync(f).mtimeMs <= built);
+  const file = path.join(buildFolder, tests ? 'tests' : 'Release', 'stamp.json');
+  const current = () => {
+    if (!existsSync(file) || readFileSync(file, 'utf8') !== text || !made.every((output) => existsSync(output))) return false;
+    const began = statSync(file).mtimeMs;
+    return inputs(tests).every((input) => statSync(input).mtimeMs < began);
+  };
+  const write = (began) => {
+    mkdirSync(path.dirname(file), { recursive: true });
+    writeFileSync(file, text);
+    utimesSync(file, began, began);
+  };
+  return { current, write };
 }
 
 function headerFolders() {
@@ -118,6 +126,15 @@ function headerFolders() {
   } catch (error) {
     throw new BuildError(`limbeck: the build needs the development packages (${error.code}). Run:  npm ci`);
   }
+}
+
+function canUseCMake() {
+  try {
+    require.resolve('cmake-js/package.json');
+  } catch {
+    return false;
+  }
+  return run('cmake', ['--version']).ok && (run('ninja', ['--version']).ok || run('make', ['--version']).ok);
 }
 
 function withCMake(compiler, tests) {
@@ -232,7 +249,7 @@ async function withCompiler(compiler, tests) {
     for (const source of list(path.join(native, build.perIsa), '.cpp'))
       kernels.push(add(source, place('cpu', source, `.${isa.name}`), extra));
     if (!tests) continue;
-    for (const source of list(path.join(root, 'test', 'native'), '_test.cpp')) {
+    for (const source of list(testFolder, '_test.cpp')) {
       const stem = `${path.basename(source, '.cpp')}.${isa.name}`;
       programs.push({
         output: path.join(buildFolder, 'tests', stem),
@@ -281,29 +298,27 @@ function plan() {
 
 /** One program for each test file and instruction set. */
 function testPrograms() {
-  const names = list(path.join(root, 'test', 'native'), '_test.cpp').map((f) => path.basename(f, '.cpp'));
+  const names = list(testFolder, '_test.cpp').map((f) => path.basename(f, '.cpp'));
   return names.flatMap((name) => plan().isas.map((isa) => path.join(buildFolder, 'tests', `${name}.${isa.name}`)));
 }
 
 async function main() {
+  if (has('--list')) {
+    for (const file of inputs(false)) console.log(path.relative(root, file));
+    return;
+  }
   const compiler = findCompiler();
   headerFolders();
-  const wanted = stamp(compiler);
-  const tests = has('--tests') && list(path.join(root, 'test', 'native'), '_test.cpp').length > 0;
-  if (tests || has('--force') || !upToDate(wanted)) {
-    rmSync(stampFile, { force: true });
-    const began = Date.now();
-    const direct =
-      has('--direct') || !run('cmake', ['--version']).ok || !(run('ninja', ['--version']).ok || run('make', ['--version']).ok);
+  const tests = has('--tests') && testPrograms().length > 0;
+  const stamps = [stamp(compiler, false), ...(tests ? [stamp(compiler, true)] : [])];
+  if (has('--force') || !stamps.every((s) => s.current())) {
+    const began = new Date();
+    const direct = has('--direct') || !canUseCMake();
     if (direct) await withCompiler(compiler, tests);
     else withCMake(compiler, tests);
-    // An object that was up to date leaves the addon's time as it was; it is current all the same.
-    const now = new Date();
-    utimesSync(addon, now, now);
-    writeFileSync(stampFile, wanted);
-    console.error(
-      `limbeck: native core built in ${((Date.now() - began) / 1000).toFixed(1)} s (${direct ? compiler.name : 'cmake-js'})`,
-    );
+    for (const s of stamps) s.write(began);
+    const seconds = ((Date.now() - began.getTime()) / 1000).toFixed(1);
+    console.error(`limbeck: native core built in ${seconds} s (${direct ? compiler.name : 'cmake-js'})`);
   }
   if (tests) for (const program of testPrograms()) console.log(program);
 }

@@ -53,7 +53,7 @@ bool cpu_runs([[maybe_unused]] const char* isa) {
   return true;
 }
 
-const IsaKernels& choose_kernels(const std::string& asked) {
+const IsaKernels& choose_isa(const std::string& asked) {
   const char* env = std::getenv("LIMBECK_ISA");
   const bool from_env = asked.empty() && env && *env;
   const std::string want = from_env ? env : asked;

@@ -25,18 +25,18 @@ TEST(every_instruction_set_has_the_same_families) {
 
 TEST(an_instruction_set_is_chosen_by_name_by_environment_or_by_itself) {
   unsetenv("LIMBECK_ISA");
-  CHECK(cpu_runs(choose_kernels().isa));
+  CHECK(cpu_runs(choose_isa().isa));
   for (int i = 0; i < cpu_isa_count; ++i)
-    if (cpu_runs(cpu_isas[i].isa)) CHECK(&choose_kernels(cpu_isas[i].isa) == &cpu_isas[i]);
+    if (cpu_runs(cpu_isas[i].isa)) CHECK(&choose_isa(cpu_isas[i].isa) == &cpu_isas[i]);
   setenv("LIMBECK_ISA", cpu_isas[0].isa, 1);
-  CHECK(&choose_kernels() == &cpu_isas[0]);
+  CHECK(&choose_isa() == &cpu_isas[0]);
   unsetenv("LIMBECK_ISA");
 }
 
 TEST(an_unknown_instruction_set_is_refused_with_the_list) {
   bool refused = false;
   try {
-    choose_kernels("abacus");
+    choose_isa("abacus");
   } catch (const Error& error) {
     refused = error.code == "ERR_ISA" && error.expected.find(cpu_isas[0].isa) != std::string::npos && error.actual == "abacus";
   }
