@@ -1,7 +1,7 @@
 // A persistent pool for one engine. The calling thread works too; idle workers spin for some microseconds, then sleep.
 // Tiles are claimed one by one, so a core that is busy elsewhere costs at most the tile it holds.
 #pragma once
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -18,15 +18,17 @@ class ThreadPool {
   int size() const;  // the calling thread included
 
   // Runs body(tile, thread) for every tile in [0, tiles), thread in [0, size()), and returns when all are done.
-  // The first exception by tile number is thrown again here. Not reentrant.
+  // The first exception by tile number is thrown again here. Not reentrant: a call from inside body, or from two threads, throws.
   template <class Body>
   void parallel(int64_t tiles, Body&& body) {
     using B = std::remove_reference_t<Body>;
     run(tiles, [](void* ctx, int64_t tile, int thread) { (*static_cast<B*>(ctx))(tile, thread); }, const_cast<std::remove_const_t<B>*>(&body));
   }
 
-  // At least `bytes` bytes, 64-byte aligned, private to `thread`, kept between calls (contents undefined).
-  void* scratch(int thread, size_t bytes);
+  // At least `bytes` bytes, 64-byte aligned, private to `thread`, kept between calls (contents undefined). Slots are separate
+  // buffers: kernels use slot 0; gemm() packs into slots 1 and 2, so that it may run while a kernel holds slot 0.
+  static constexpr int kSlots = 3;
+  void* scratch(int thread, size_t bytes, int slot = 0);
 
  private:
   using Fn = void (*)(void*, int64_t, int);

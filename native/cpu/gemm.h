@@ -11,11 +11,15 @@ struct Matrix {
   int64_t row_stride;
   int64_t col_stride;
   DType dtype = DType::f32;
+  // With `up`, of the same layout, an element is gate_value(data) * up: the activation of a gated MLP, made while packing. f32 only.
+  const float* up = nullptr;
+  int gate = 0;  // Gate of gate.h
 };
 inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
 
 // Called once for each finished block of C (rows i0.., columns j0..), on the thread that made it, while it is still in cache.
+// The blocks depend on the number of threads. The hook may use slot 0 of the pool's scratch.
 struct TileHook {
   void (*run)(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) = nullptr;
   void* ctx = nullptr;
@@ -31,7 +35,7 @@ struct GemmOptions {
 // C[m n] (row stride ldc) = alpha * A[m k] B[k n] (+ C) (+ bias).
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
 
-// The same on the calling thread, for use inside ThreadPool::parallel. `scratch` is gemm_scratch_bytes() bytes, 64-byte aligned.
+// The same, to the bit, on the calling thread, for use inside ThreadPool::parallel. `scratch` is gemm_scratch_bytes() bytes, 64-byte aligned.
 size_t gemm_scratch_bytes();
 void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
 

@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>  // for masked access only, which vector extensions cannot say
+#endif
 
 #if defined(__AVX512F__)
 #define LIMBECK_WIDTH 16
@@ -29,6 +32,18 @@ LIMBECK_INLINE Vec load(const float* p) {
 LIMBECK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 LIMBECK_INLINE Vec splat(float x) { return x - Vec{}; }
 // The first n (< W) elements; the others are zero, and are not touched in memory.
+#if defined(__AVX512F__)
+LIMBECK_INLINE Vec load_part(const float* p, int64_t n) {
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+LIMBECK_INLINE void store_part(float* p, Vec v, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+#elif defined(__AVX2__)
+LIMBECK_INLINE IVec first_lanes(int64_t n) { return static_cast<int32_t>(n) > IVec{0, 1, 2, 3, 4, 5, 6, 7}; }
+LIMBECK_INLINE Vec load_part(const float* p, int64_t n) { return (Vec)_mm256_maskload_ps(p, (__m256i)first_lanes(n)); }
+LIMBECK_INLINE void store_part(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v); }
+#else
 LIMBECK_INLINE Vec load_part(const float* p, int64_t n) {
   Vec v{};
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
@@ -37,10 +52,16 @@ LIMBECK_INLINE Vec load_part(const float* p, int64_t n) {
 LIMBECK_INLINE void store_part(float* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
+#endif
 LIMBECK_INLINE Vec load_bf16(const uint16_t* p) {
   HVec h;
   std::memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
+}
+LIMBECK_INLINE Vec load_bf16_part(const uint16_t* p, int64_t n) {
+  uint16_t buffer[LIMBECK_WIDTH] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * 2);
+  return load_bf16(buffer);
 }
 LIMBECK_INLINE float from_bf16(uint16_t h) {
   const uint32_t u = static_cast<uint32_t>(h) << 16;
@@ -52,9 +73,60 @@ LIMBECK_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 LIMBECK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 LIMBECK_INLINE float sum(Vec v) {
   // A fixed tree, so that the same width gives the same bits.
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) v[i] += v[i + step];
-  return v[0];
+#if LIMBECK_WIDTH == 16
+  const auto h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif LIMBECK_WIDTH == 8
+  const auto q = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  const Vec q = v;
+#endif
+  const auto p = q + __builtin_shufflevector(q, q, 2, 3, 0, 1);
+  return p[0] + p[1];
+}
+
+// v[i][j] becomes v[j][i].
+LIMBECK_INLINE void transpose(Vec (&v)[LIMBECK_WIDTH]) {
+  Vec c[LIMBECK_WIDTH];
+  // 4 x 4 blocks inside each 128-bit lane...
+#if LIMBECK_WIDTH == 16
+#define LIMBECK_LANES(a, b, c, d) \
+  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#elif LIMBECK_WIDTH == 8
+#define LIMBECK_LANES(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#else
+#define LIMBECK_LANES(a, b, c, d) a, b, c, d
+#endif
+  for (int r = 0; r < W; r += 4) {
+    const Vec t0 = __builtin_shufflevector(v[r], v[r + 1], LIMBECK_LANES(0, W, 1, W + 1));
+    const Vec t1 = __builtin_shufflevector(v[r], v[r + 1], LIMBECK_LANES(2, W + 2, 3, W + 3));
+    const Vec t2 = __builtin_shufflevector(v[r + 2], v[r + 3], LIMBECK_LANES(0, W, 1, W + 1));
+    const Vec t3 = __builtin_shufflevector(v[r + 2], v[r + 3], LIMBECK_LANES(2, W + 2, 3, W + 3));
+    c[r] = __builtin_shufflevector(t0, t2, LIMBECK_LANES(0, 1, W, W + 1));
+    c[r + 1] = __builtin_shufflevector(t0, t2, LIMBECK_LANES(2, 3, W + 2, W + 3));
+    c[r + 2] = __builtin_shufflevector(t1, t3, LIMBECK_LANES(0, 1, W, W + 1));
+    c[r + 3] = __builtin_shufflevector(t1, t3, LIMBECK_LANES(2, 3, W + 2, W + 3));
+  }
+#undef LIMBECK_LANES
+  // ... then the lanes as a matrix of blocks.
+  for (int j = 0; j < 4; ++j) {
+#if LIMBECK_WIDTH == 16
+    for (int half = 0; half < 2; ++half) {
+      const Vec x0 = half ? __builtin_shufflevector(c[j], c[j + 4], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+                          : __builtin_shufflevector(c[j], c[j + 4], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+      const Vec x1 =
+          half ? __builtin_shufflevector(c[j + 8], c[j + 12], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+               : __builtin_shufflevector(c[j + 8], c[j + 12], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+      v[8 * half + j] = __builtin_shufflevector(x0, x1, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+      v[8 * half + 4 + j] = __builtin_shufflevector(x0, x1, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+#elif LIMBECK_WIDTH == 8
+    v[j] = __builtin_shufflevector(c[j], c[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[4 + j] = __builtin_shufflevector(c[j], c[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    v[j] = c[j];
+#endif
+  }
 }
 
 // e^x to about 1 ulp for x in [-87, 88]; below it gives 0, above it saturates near 2^127. NaN stays NaN.
