@@ -12,7 +12,10 @@ const char* name_of(DType t) {
 
 std::string shape_text(const View& v) {
   std::string s = "[";
-  for (int i = 0; i < v.rank; ++i) s += (i ? " " : "") + std::to_string(v.dims[i]);
+  for (int i = 0; i < v.rank; ++i) {
+    if (i) s += ' ';
+    s += std::to_string(v.dims[i]);
+  }
   return s + "]";
 }
 
@@ -168,7 +171,10 @@ struct Binding {
     if (wanted.size() > 1) wanted += " ";
     if (d.kind == Dim::star) {
       if (b.star_rank < 0) { wanted += "*"; continue; }
-      for (int i = 0; i < b.star_rank; ++i) wanted += (i ? " " : "") + std::to_string(b.star[i]);
+      for (int i = 0; i < b.star_rank; ++i) {
+        if (i) wanted += ' ';
+        wanted += std::to_string(b.star[i]);
+      }
     } else if (d.kind == Dim::fixed) {
       wanted += std::to_string(d.value);
     } else {
