@@ -1,0 +1,42 @@
+// Matrix products with a weight [N K]: rows are output features, as in checkpoints.
+import { op } from '../tensor/op.ts';
+import type { Tensor } from '../tensor/tensor.ts';
+
+const linearOp = op({
+  forward: 'linear(x[* k], w[n k]:float, bias[n]?) -> y[* n]',
+  backward: 'linear_backward(dy[* n], x[* k], w[n k]:float) -> dx[* k]+, dw[n k]:f32+, dbias[n]+',
+});
+const gatedOp = op({
+  forward: 'gated_linear(gate[* f], up[* f], w[n f]:float, kind) -> y[* n]',
+  backward: 'gated_linear_backward(dy[* n], gate[* f], up[* f], w[n f]:float, kind) -> dgate[* f], dup[* f], dw[n f]:f32+',
+});
+
+/** Numbers that the kernels know. */
+const gates = { gelu: 0, silu: 1 } as const;
+export type Gate = keyof typeof gates;
+
+/**
+ * x wᵀ + bias.
+ * @param x [* K]
+ * @param w [N K], f32 or bf16
+ * @param bias [N]; undefined for none
+ * @returns [* N]
+ * @throws ShapeError when a shape does not fit.
+ */
+export function linear(x: Tensor, w: Tensor, bias?: Tensor): Tensor {
+  return linearOp(x, w, bias)[0]!;
+}
+
+/**
+ * The second half of a gated MLP: (act(gate) · up) wᵀ, where the activation is made while the product reads it, and again in the
+ * backward pass, so that it never takes memory of its own.
+ * @param gate [* F]
+ * @param up [* F]
+ * @param w [N F], f32 or bf16
+ * @param act `gelu` (tanh form; Gemma) or `silu` (Llama)
+ * @returns [* N]
+ * @throws ShapeError when a shape does not fit.
+ */
+export function gatedLinear(gate: Tensor, up: Tensor, w: Tensor, act: Gate): Tensor {
+  return gatedOp(gate, up, w, gates[act])[0]!;
+}

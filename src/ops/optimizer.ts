@@ -1,0 +1,103 @@
+import { ConfigError, ShapeError } from '../tensor/errors.ts';
+import { op } from '../tensor/op.ts';
+import { type Tensor, tensor } from '../tensor/tensor.ts';
+
+const adamwOp = op({
+  forward:
+    'adamw(p[n]&, g[n], m[n]&, v[n]&, norm2[]:f64, decay[k]:u8, lr, beta1, beta2, eps, weight_decay, step, clip) -> ',
+});
+
+/** Parameters that share one entry of a {@link decayMask}; each parameter starts at a multiple of it in the flat buffer. */
+export const decayBlock = 64;
+
+/** One contiguous run of elements of the flat buffer. */
+export interface Segment {
+  /** First element, a multiple of {@link decayBlock}. */
+  readonly start: number;
+  readonly size: number;
+  /** Whether weight decay applies: by custom to matrices, not to norms and biases. */
+  readonly decay: boolean;
+}
+
+/**
+ * Which blocks of {@link decayBlock} elements decay, for {@link adamw_}.
+ * @param total elements of the flat buffer.
+ * @returns [⌈total / 64⌉], u8
+ * @throws ShapeError when a segment does not start at a multiple of 64, or ends outside.
+ */
+export function decayMask(segments: Iterable<Segment>, total: number): Tensor {
+  const mask = new Uint8Array(Math.ceil(total / decayBlock));
+  for (const { start, size, decay } of segments) {
+    if (start % decayBlock !== 0 || start < 0 || start + size > total) {
+      throw new ShapeError(`decayMask: a segment of ${size} elements starts at ${start}; it must start at a multiple of ${decayBlock} and end within ${total}`, {
+        code: 'ERR_SHAPE',
+        op: 'decayMask',
+        argument: 'segments',
+        expected: `a multiple of ${decayBlock}`,
+        actual: String(start),
+      });
+    }
+    if (decay) mask.fill(1, start / decayBlock, Math.ceil((start + size) / decayBlock));
+  }
+  return tensor(mask);
+}
+
+/** What AdamW updates: four flat buffers of equal length, all parameters end to end. */
+export interface AdamWState {
+  /** Parameters [N]. */
+  readonly p: Tensor;
+  /** Their gradient [N]. */
+  readonly g: Tensor;
+  /** First moment [N], zeros at the start. */
+  readonly m: Tensor;
+  /** Second moment [N], zeros at the start. */
+  readonly v: Tensor;
+  /** From {@link decayMask}. */
+  readonly decay: Tensor;
+}
+
+export interface AdamWOptions {
+  readonly lr: number;
+  /** Memory of the first moment. Default 0.9. */
+  readonly beta1?: number;
+  /** Memory of the second moment. Default 0.95. */
+  readonly beta2?: number;
+  /** Added to the root of the second moment. Default 1e-8. */
+  readonly eps?: number;
+  /** Decoupled: each step takes lr · weightDecay of a decayed parameter away. Default 0.1. */
+  readonly weightDecay?: number;
+  /** Greatest norm of the whole gradient; a longer one is scaled down. Default: no limit. */
+  readonly clip?: number;
+  /** Number of this update, from 1: corrects the bias of the moments. */
+  readonly step: number;
+}
+
+/**
+ * One AdamW update of all parameters, in place and in one pass over memory. When the norm of the gradient is not finite, nothing
+ * is updated. Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101).
+ * @param squaredNorm [], f64: `squaredNorm(state.g)`
+ * @throws ShapeError when lengths differ.
+ * @throws ConfigError when an option is out of range.
+ */
+export function adamw_(state: AdamWState, squaredNorm: Tensor, options: AdamWOptions): void {
+  const { lr, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weightDecay = 0.1, clip = Number.POSITIVE_INFINITY, step } = options;
+  check('lr', lr, lr >= 0 && lr < Number.POSITIVE_INFINITY, 'a number of 0 or more');
+  check('beta1', beta1, beta1 >= 0 && beta1 < 1, 'from 0 to below 1');
+  check('beta2', beta2, beta2 >= 0 && beta2 < 1, 'from 0 to below 1');
+  check('eps', eps, eps >= 0, '0 or more');
+  check('weightDecay', weightDecay, weightDecay >= 0, '0 or more');
+  check('clip', clip, clip > 0, 'above 0');
+  check('step', step, Number.isInteger(step) && step >= 1, 'a whole number from 1');
+  adamwOp(state.p, state.g, state.m, state.v, squaredNorm, state.decay, lr, beta1, beta2, eps, weightDecay, step, clip);
+}
+
+function check(name: string, value: number, good: boolean, expected: string): void {
+  if (good) return;
+  throw new ConfigError(`adamw: ${name} is ${value}, expected ${expected}`, {
+    code: 'ERR_CONFIG',
+    op: 'adamw',
+    argument: name,
+    expected,
+    actual: String(value),
+  });
+}

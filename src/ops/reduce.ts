@@ -1,0 +1,87 @@
+// Sums to one number (float64 inside, in an order that does not depend on threads), and reductions over the last dim, C wide.
+import { op } from '../tensor/op.ts';
+import { noGrad } from '../tensor/tape.ts';
+import type { Tensor } from '../tensor/tensor.ts';
+
+const sumOp = op({ forward: 'sum(x[*]) -> y[]', backward: 'sum_backward(dy[], x[*]) -> dx[*]+' });
+const meanOp = op({ forward: 'mean(x[*]) -> y[]', backward: 'mean_backward(dy[], x[*]) -> dx[*]+' });
+const dotOp = op({ forward: 'dot(a[*], b[*]) -> y[]', backward: 'dot_backward(dy[], a[*], b[*]) -> da[*]+, db[*]+' });
+const squares = op({ forward: 'squared_norm(x[*]) -> y[]:f64' });
+const finite = op({ forward: 'is_finite(x[*]) -> y[]:i32' });
+const largest = op({ forward: 'argmax(x[* c]) -> y[*]:i32' });
+const soft = op({ forward: 'softmax(x[* c]) -> y[* c]', backward: 'softmax_backward(dy[* c], y[* c]) -> dx[* c]+' });
+const logSoft = op({ forward: 'log_softmax(x[* c]) -> y[* c]', backward: 'log_softmax_backward(dy[* c], y[* c]) -> dx[* c]+' });
+
+/**
+ * The sum of all elements.
+ * @param x [*]
+ * @returns []
+ */
+export function sum(x: Tensor): Tensor {
+  return sumOp(x)[0]!;
+}
+
+/**
+ * The mean of all elements; NaN when there are none.
+ * @param x [*]
+ * @returns []
+ */
+export function mean(x: Tensor): Tensor {
+  return meanOp(x)[0]!;
+}
+
+/**
+ * The sum of a · b over all elements: a weighted sum, or of a tensor with itself its squared norm with a gradient.
+ * @param a [*]
+ * @param b [*]
+ * @returns []
+ * @throws ShapeError when the shapes differ.
+ */
+export function dot(a: Tensor, b: Tensor): Tensor {
+  return dotOp(a, b)[0]!;
+}
+
+/**
+ * The sum of squares in float64, for clipping; {@link dot} of x with itself is the one that has a gradient.
+ * @param x [*]
+ * @returns [], f64
+ */
+export function squaredNorm(x: Tensor): Tensor {
+  return squares(x)[0]!;
+}
+
+/**
+ * 1 when no element is infinite or NaN, else 0.
+ * @param x [*]
+ * @returns [], i32
+ */
+export function allFinite(x: Tensor): Tensor {
+  return noGrad(() => finite(x)[0]!);
+}
+
+/**
+ * Where each row is largest: the first of equals; a NaN counts as largest. No gradient flows.
+ * @param x [* C], C > 0
+ * @returns [*], i32
+ */
+export function argmax(x: Tensor): Tensor {
+  return noGrad(() => largest(x)[0]!);
+}
+
+/**
+ * exp(x) / sum(exp(x)) of each row.
+ * @param x [* C]
+ * @returns [* C]
+ */
+export function softmax(x: Tensor): Tensor {
+  return soft(x)[0]!;
+}
+
+/**
+ * x - log(sum(exp(x))) of each row.
+ * @param x [* C]
+ * @returns [* C]
+ */
+export function logSoftmax(x: Tensor): Tensor {
+  return logSoft(x)[0]!;
+}
