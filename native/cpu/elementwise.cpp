@@ -64,6 +64,13 @@ static void copy(const Call& call) {
   for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
 }
 
+// copy_(y[*]&, x[*])
+static void copy_into(const Call& call) {
+  float* y = call.in[0].as<float>();
+  const float* x = call.in[1].as<float>();
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+}
+
 // add_(y[*]&, x[*])
 static void add_into(const Call& call) {
   float* y = call.in[0].as<float>();
@@ -108,5 +115,6 @@ static void softcap_backward(const Call& call) {
 }  // namespace limbeck::cpu::LIMBECK_ISA
 
 LIMBECK_KERNELS(elementwise, {"add", add}, {"sub", sub}, {"sub_backward", sub_backward}, {"mul", mul}, {"mul_backward", mul_backward},
-                {"scale", scale}, {"scale_backward", scale}, {"fill", fill}, {"copy", copy}, {"copy_backward", copy}, {"add_", add_into},
+                {"scale", scale}, {"scale_backward", scale}, {"fill", fill}, {"copy", copy}, {"copy_backward", copy},
+                {"copy_", copy_into}, {"add_", add_into},
                 {"to_bf16", to_bf16}, {"to_f32", to_f32}, {"softcap", softcap}, {"softcap_backward", softcap_backward})

@@ -16,6 +16,7 @@ const softcapOp = op({
   backward: 'softcap_backward(dy[*], y[*], cap) -> dx[*]+',
 });
 const fillOp = op({ forward: 'fill(x[*]&, value) -> ' });
+const copyInto = op({ forward: 'copy_(y[*]&, x[*]) -> ' });
 const addInto = op({ forward: 'add_(y[*]&, x[*]) -> ' });
 
 /**
@@ -124,4 +125,14 @@ export function fill_(x: Tensor, value: number): void {
  */
 export function add_(y: Tensor, x: Tensor): void {
   addInto(y, x);
+}
+
+/**
+ * y = x, in place.
+ * @param y [*], f32
+ * @param x [*]
+ * @throws ShapeError when the shapes differ.
+ */
+export function copy_(y: Tensor, x: Tensor): void {
+  copyInto(y, x);
 }

@@ -12,8 +12,12 @@ const gatedOp = op({
 });
 
 /** Numbers that the kernels know. */
-const gates = { gelu: 0, silu: 1 } as const;
-export type Gate = keyof typeof gates;
+const activations = { gelu: 0, silu: 1 } as const;
+
+export interface GatedLinearOptions {
+  /** `gelu` is the tanh form, Gemma's; `silu` is Llama's. */
+  readonly activation: keyof typeof activations;
+}
 
 /**
  * x wᵀ + bias.
@@ -28,15 +32,14 @@ export function linear(x: Tensor, w: Tensor, bias?: Tensor): Tensor {
 }
 
 /**
- * The second half of a gated MLP: (act(gate) · up) wᵀ, where the activation is made while the product reads it, and again in the
+ * The second half of a gated MLP: (activation(gate) · up) wᵀ, where the activation is made while the product reads it, and again in the
  * backward pass, so that it never takes memory of its own.
  * @param gate [* F]
  * @param up [* F]
  * @param w [N F], f32 or bf16
- * @param act `gelu` (tanh form; Gemma) or `silu` (Llama)
  * @returns [* N]
  * @throws ShapeError when a shape does not fit.
  */
-export function gatedLinear(gate: Tensor, up: Tensor, w: Tensor, act: Gate): Tensor {
-  return gatedOp(gate, up, w, gates[act])[0]!;
+export function gatedLinear(gate: Tensor, up: Tensor, w: Tensor, { activation }: GatedLinearOptions): Tensor {
+  return gatedOp(gate, up, w, activations[activation])[0]!;
 }

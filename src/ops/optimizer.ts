@@ -1,46 +1,11 @@
-import { ConfigError, ShapeError } from '../tensor/errors.ts';
+import { ConfigError } from '../tensor/errors.ts';
 import { op } from '../tensor/op.ts';
-import { type Tensor, tensor } from '../tensor/tensor.ts';
+import type { Tensor } from '../tensor/tensor.ts';
 
 const adamwOp = op({
   forward:
     'adamw(p[n]&, g[n], m[n]&, v[n]&, norm2[]:f64, decay[k]:u8, lr, beta1, beta2, eps, weight_decay, step, clip) -> ',
 });
-
-/** Parameters that share one entry of a {@link decayMask}; each parameter starts at a multiple of it in the flat buffer. */
-export const decayBlock = 64;
-
-/** One contiguous run of elements of the flat buffer. */
-export interface Segment {
-  /** First element, a multiple of {@link decayBlock}. */
-  readonly start: number;
-  readonly size: number;
-  /** Whether weight decay applies: by custom to matrices, not to norms and biases. */
-  readonly decay: boolean;
-}
-
-/**
- * Which blocks of {@link decayBlock} elements decay, for {@link adamw_}.
- * @param total elements of the flat buffer.
- * @returns [⌈total / 64⌉], u8
- * @throws ShapeError when a segment does not start at a multiple of 64, or ends outside.
- */
-export function decayMask(segments: Iterable<Segment>, total: number): Tensor {
-  const mask = new Uint8Array(Math.ceil(total / decayBlock));
-  for (const { start, size, decay } of segments) {
-    if (start % decayBlock !== 0 || start < 0 || start + size > total) {
-      throw new ShapeError(`decayMask: a segment of ${size} elements starts at ${start}; it must start at a multiple of ${decayBlock} and end within ${total}`, {
-        code: 'ERR_SHAPE',
-        op: 'decayMask',
-        argument: 'segments',
-        expected: `a multiple of ${decayBlock}`,
-        actual: String(start),
-      });
-    }
-    if (decay) mask.fill(1, start / decayBlock, Math.ceil((start + size) / decayBlock));
-  }
-  return tensor(mask);
-}
 
 /** What AdamW updates: four flat buffers of equal length, all parameters end to end. */
 export interface AdamWState {
@@ -52,7 +17,7 @@ export interface AdamWState {
   readonly m: Tensor;
   /** Second moment [N], zeros at the start. */
   readonly v: Tensor;
-  /** From {@link decayMask}. */
+  /** One number for each 64 parameters [⌈N / 64⌉], u8: not 0 where weight decay holds. */
   readonly decay: Tensor;
 }
 

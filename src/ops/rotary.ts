@@ -9,18 +9,19 @@ const rotate = op({
 });
 
 export interface RopeOptions {
-  /** Wavelength of the slowest pair, in tokens over 2π. Default 10000. */
+  /** D, even. */
+  readonly headSize: number;
+  /** Wavelength of the slowest pair, in tokens over 2π. Default 10,000. */
   readonly base?: number;
 }
 
 /**
  * Cosines, then sines, of position · base^(-2i/D) for i < D/2: what {@link rope} turns by. Angles are float64. Make it once per batch.
  * @param positions [B T], i32: places within the document
- * @param headSize D, even
  * @returns [B T D]
  * @throws ShapeError when headSize is odd.
  */
-export function ropeTable(positions: Tensor, headSize: number, { base = 10000 }: RopeOptions = {}): Tensor {
+export function ropeTable(positions: Tensor, { headSize, base = 10_000 }: RopeOptions): Tensor {
   return table(positions, headSize, base)[0]!;
 }
 
