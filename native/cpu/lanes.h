@@ -6,11 +6,6 @@
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
-LIMBECK_INLINE Vec sqrt(Vec v) {
-  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-}
-
 LIMBECK_INLINE UVec bf16_bits(Vec v) {
   const UVec u = (UVec)v;
   const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
@@ -31,16 +26,12 @@ struct AllLanes {
 struct SomeLanes {
   int64_t n;
   LIMBECK_INLINE Vec get(const float* p) const { return load_part(p, n); }
-  LIMBECK_INLINE Vec get(const uint16_t* p) const {
-    Vec v{};
-    for (int64_t i = 0; i < n; ++i) v[i] = from_bf16(p[i]);
-    return v;
-  }
+  LIMBECK_INLINE Vec get(const uint16_t* p) const { return load_bf16_part(p, n); }
   // Zero in the lanes that stand for nothing.
   LIMBECK_INLINE Vec keep(Vec v) const {
-    Vec kept{};
-    for (int64_t i = 0; i < n; ++i) kept[i] = v[i];
-    return kept;
+    IVec lane{};
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return lane < static_cast<int32_t>(n) ? v : Vec{};
   }
   LIMBECK_INLINE void put(float* p, Vec v) const { store_part(p, v, n); }
   LIMBECK_INLINE void put(uint16_t* p, Vec v) const {

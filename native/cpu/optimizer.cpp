@@ -8,6 +8,11 @@ namespace limbeck::cpu::LIMBECK_ISA {
 
 constexpr int64_t kBlock = 64;  // parameters that share one entry of the decay mask
 
+LIMBECK_INLINE Vec sqrt(Vec v) {
+  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+
 // adamw(p[n]&, g[n], m[n]&, v[n]&, norm2[]:f64, decay[k]:u8, lr, beta1, beta2, eps, weight_decay, step, clip) ->
 // One pass: reads p, g, m, v and writes p, m, v (28 bytes a parameter). The gradient is scaled to a norm of at most `clip`, from its
 // squared norm in norm2; where that is not finite nothing is updated. Weight decay holds for blocks whose mask is not 0.

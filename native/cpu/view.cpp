@@ -4,29 +4,48 @@
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
-// y[o n k m i] = x[o m k n i], and the gradient likewise.
+// y[b, a] = x[a, b] for a block of m by n.
+static void transpose_block(const float* x, int64_t x_row, int64_t m, int64_t n, Sink y, int64_t at, int64_t y_row) {
+  int64_t a = 0;
+  for (; a + W <= m; a += W) {
+    int64_t b = 0;
+    for (; b + W <= n; b += W) {
+      Vec v[W];
+      for (int i = 0; i < W; ++i) v[i] = load(x + (a + i) * x_row + b);
+      transpose(v);
+      for (int i = 0; i < W; ++i) y.put(at + (b + i) * y_row + a, AllLanes{}, v[i]);
+    }
+    for (; b < n; ++b)
+      for (int i = 0; i < W; ++i) y.put(at + b * y_row + a + i, SomeLanes{1}, splat(x[(a + i) * x_row + b]));
+  }
+  for (; a < m; ++a)
+    for (int64_t b = 0; b < n; ++b) y.put(at + b * y_row + a, SomeLanes{1}, splat(x[a * x_row + b]));
+}
+
+// transpose(x[o m k n i]) -> y[o n k m i], transpose_backward(dy[o n k m i]) -> dx[o m k n i]+: y[o b c a i] = x[o a c b i].
 static void transpose(const Call& call) {
   const View& x = call.in[0];
   const int64_t outer = x.dims[0], m = x.dims[1], k = x.dims[2], n = x.dims[3], inner = x.dims[4];
   const float* from = x.as<float>();
   const Sink y(call, 0);
   if (!y || x.size() == 0) return;
-  constexpr int64_t T = 16;  // a tile is 16 cache lines in and 16 out
-  const int64_t tiles_m = (m + T - 1) / T, tiles_n = (n + T - 1) / T;
-  const int64_t tile_size = T * T * inner;
-  const int64_t chunk = tile_size < kChunk ? kChunk / tile_size : 1;
-  for_chunks(call, outer * k * tiles_m * tiles_n, chunk, [=](int64_t begin, int64_t end) {
+  constexpr int64_t T = 32;  // a tile is 64 cache lines in and 64 out
+  const int64_t tiles_m = (m + T - 1) / T, tiles_n = (n + T - 1) / T, tile_size = T * T * inner;
+  for_chunks(call, outer * k * tiles_m * tiles_n, rows_per_chunk(tile_size), [=](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t tn = tile % tiles_n, tm = tile / tiles_n % tiles_m, rest = tile / tiles_n / tiles_m;
-      const int64_t mid = rest % k, o = rest / k;
-      const int64_t m1 = tm * T + T < m ? tm * T + T : m, n1 = tn * T + T < n ? tn * T + T : n;
-      for (int64_t b = tn * T; b < n1; ++b)
-        for (int64_t a = tm * T; a < m1; ++a) {
-          const int64_t source = (((o * m + a) * k + mid) * n + b) * inner, target = (((o * n + b) * k + mid) * m + a) * inner;
-          if (inner == 1)
-            y.data[target] = y.accumulate ? y.data[target] + from[source] : from[source];
-          else
-            for_lanes(0, inner, [=](int64_t i, auto lanes) { y.put(target + i, lanes, lanes.get(from + source + i)); });
+      const int64_t b0 = tile % tiles_n * T, a0 = tile / tiles_n % tiles_m * T, rest = tile / tiles_n / tiles_m;
+      const int64_t c = rest % k, o = rest / k;
+      const int64_t height = m - a0 < T ? m - a0 : T, width = n - b0 < T ? n - b0 : T;
+      const int64_t source = (((o * m + a0) * k + c) * n + b0) * inner, target = (((o * n + b0) * k + c) * m + a0) * inner;
+      if (inner == 1) {
+        transpose_block(from + source, k * n, height, width, y, target, k * m);
+        continue;
+      }
+      for (int64_t b = 0; b < width; ++b)
+        for (int64_t a = 0; a < height; ++a) {
+          const float* run = from + source + (a * k * n + b) * inner;
+          const int64_t at = target + (b * k * m + a) * inner;
+          for_lanes(0, inner, [=](int64_t i, auto lanes) { y.put(at + i, lanes, lanes.get(run + i)); });
         }
     }
   });
