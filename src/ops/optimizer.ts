@@ -3,8 +3,7 @@ import { op } from '../tensor/op.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
 const adamwOp = op({
-  forward:
-    'adamw(p[n]&, g[n], m[n]&, v[n]&, norm2[]:f64, decay[k]:u8, lr, beta1, beta2, eps, weight_decay, step, clip) -> ',
+  forward: 'adamw(p[n]&, g[n], m[n]&, v[n]&, norm2[]:f64, decay[k]:u8, lr, beta1, beta2, eps, weight_decay, step, clip) -> ',
 });
 
 /** What AdamW updates: four flat buffers of equal length, all parameters end to end. */

@@ -54,7 +54,13 @@ export function transpose(x: Tensor, a = -2, b = -1): Tensor {
   const shape = [...x.shape];
   [shape[i], shape[j]] = [shape[j]!, shape[i]!];
   const middle = i === j ? 1 : x.shape[j]!;
-  const parts = [product(x.shape.slice(0, i)), x.shape[i]!, product(x.shape.slice(i + 1, j)), middle, product(x.shape.slice(j + 1))];
+  const parts = [
+    product(x.shape.slice(0, i)),
+    x.shape[i]!,
+    product(x.shape.slice(i + 1, j)),
+    middle,
+    product(x.shape.slice(j + 1)),
+  ];
   return reshape(swap(reshape(x, parts))[0]!, shape);
 }
 
@@ -69,13 +75,16 @@ export function transpose(x: Tensor, a = -2, b = -1): Tensor {
 export function concat(a: Tensor, b: Tensor, dim = -1): Tensor {
   const at = dimOf(a, dim, 'concat');
   if (a.shape.length !== b.shape.length || a.shape.some((d, i) => i !== at && d !== b.shape[i])) {
-    throw new ShapeError(`concat: b has shape [${b.shape.join(' ')}], which differs from a [${a.shape.join(' ')}] beside dim ${at}`, {
-      code: 'ERR_SHAPE',
-      op: 'concat',
-      argument: 'b',
-      expected: `[${a.shape.map((d, i) => (i === at ? 'any' : d)).join(' ')}]`,
-      actual: `[${b.shape.join(' ')}]`,
-    });
+    throw new ShapeError(
+      `concat: b has shape [${b.shape.join(' ')}], which differs from a [${a.shape.join(' ')}] beside dim ${at}`,
+      {
+        code: 'ERR_SHAPE',
+        op: 'concat',
+        argument: 'b',
+        expected: `[${a.shape.map((d, i) => (i === at ? 'any' : d)).join(' ')}]`,
+        actual: `[${b.shape.join(' ')}]`,
+      },
+    );
   }
   const total = a.shape[at]! + b.shape[at]!;
   return reshape(
