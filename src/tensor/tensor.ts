@@ -6,6 +6,8 @@ import { track, untrack } from './scope.ts';
 /** Where the gradient of a parameter goes. `written` says whether it holds anything yet: the first write need not clear it. */
 export interface GradientSink {
   readonly tensor: Tensor;
+  /** Whether the gradient goes with its parameter. */
+  readonly owned: boolean;
   written: boolean;
 }
 
@@ -45,8 +47,10 @@ export class Tensor {
     this.held = false;
     untrack(this);
     if (this.sink !== undefined) {
-      releaseUse(this.sink.tensor);
+      const { tensor: gradient, owned } = this.sink;
       this.sink = undefined;
+      releaseUse(gradient);
+      if (owned) gradient.dispose();
     }
     if (this.uses === 0) native().release(this.handle);
   }
@@ -235,7 +239,9 @@ export async function readAs<D extends DType>(t: Tensor, dtype: D): Promise<Arra
  */
 export function parameter(t: Tensor, gradient?: Tensor): Tensor {
   if (t.sink !== undefined) return t;
-  t.sink = { tensor: addUse(gradient ?? unscopedEmpty(t.shape)), written: false };
+  const into = gradient ?? unscopedEmpty(t.shape);
+  into.held = true;
+  t.sink = { tensor: addUse(into), owned: gradient === undefined, written: false };
   t.tracked = true;
   return t;
 }
