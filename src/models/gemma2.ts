@@ -124,7 +124,7 @@ export function gemma2Spec(c: Gemma2Config) {
 }
 
 export type Gemma2Parameters = Tensors<ReturnType<typeof gemma2Spec>>;
-type LayerParameters = Gemma2Parameters['layers'][number];
+type LayerParameters = Gemma2Parameters["layers"][number];
 
 /** What the model reads. */
 export interface ModelInput {

@@ -1,0 +1,194 @@
+// A language model as the loops see it, whatever its architecture, and its folder on disk in the layout of Transformers.
+import { mkdir, readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { writeAtomic } from '../io/atomic.ts';
+import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
+import { createParameters, type Parameters } from '../nn/parameters.ts';
+import { ConfigError, FormatError } from '../tensor/errors.ts';
+import { readAs, type Tensor, write } from '../tensor/tensor.ts';
+import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
+import {
+  checkGemma2,
+  type ForwardOptions,
+  type Gemma2Config,
+  type Gemma2Preset,
+  gemma2Hidden,
+  gemma2Presets,
+  gemma2Spec,
+  type ModelInput,
+} from './gemma2.ts';
+import { fromTransformers, toTransformers } from './transformers.ts';
+
+/** A decoder-only language model. */
+export interface LanguageModel {
+  readonly config: Gemma2Config;
+  readonly parameters: Parameters<ReturnType<typeof gemma2Spec>>;
+  /** Hidden states [B T C] after the last norm. */
+  hidden(input: ModelInput, options?: ForwardOptions): Tensor;
+  /** The output head [V C]; tied to the embedding. */
+  readonly head: Tensor;
+  dispose(): void;
+}
+
+/**
+ * A configuration from a preset's name, or from a preset with changed fields.
+ * @throws ConfigError naming the preset or the field.
+ */
+export function modelConfig(preset: string, changes: Partial<Gemma2Config> = {}): Gemma2Config {
+  if (!Object.hasOwn(gemma2Presets, preset)) {
+    const known = Object.keys(gemma2Presets).join(', ');
+    throw new ConfigError(`model: there is no preset '${preset}'; known are ${known}`, {
+      code: 'ERR_CONFIG',
+      op: 'model',
+      argument: 'preset',
+      expected: known,
+      actual: preset,
+    });
+  }
+  const config: Gemma2Config = { ...gemma2Presets[preset as Gemma2Preset], ...changes };
+  checkGemma2(config);
+  return config;
+}
+
+/**
+ * Makes a model with random weights.
+ * @param options.seed of the initial weights; undefined leaves zeros, for loading into.
+ * @param options.trainable with gradients. Default true.
+ */
+export function createModel(config: Gemma2Config, options: { seed?: number; trainable?: boolean } = {}): LanguageModel {
+  checkGemma2(config);
+  const parameters = createParameters(gemma2Spec(config), options);
+  return {
+    config,
+    parameters,
+    hidden: (input, forward) => gemma2Hidden(parameters.tree, config, input, forward),
+    head: parameters.tree.embed,
+    dispose: () => parameters.dispose(),
+  };
+}
+
+/** Files of a model folder. */
+const files = { config: 'config.json', weights: 'model.safetensors' } as const;
+
+/** Writes config.json, model.safetensors and the tokenizer into a folder, each beside and renamed. Transformers loads it. */
+export async function saveModel(folder: string, model: LanguageModel, tokenizer?: Tokenizer): Promise<void> {
+  await mkdir(folder, { recursive: true });
+  const config = `${JSON.stringify(toTransformers(model.config, tokenizer), null, 2)}\n`;
+  await writeAtomic(join(folder, files.config), async (file) => {
+    await file.write(config);
+  });
+  await writeSafetensors(join(folder, files.weights), await readParameters(model), { format: 'pt' });
+  await tokenizer?.save(folder);
+}
+
+async function readParameters(model: LanguageModel) {
+  const { list, values } = model.parameters;
+  // One read of the flat tensor is one consistent moment of training.
+  const flat = await readAs(values, 'f32');
+  const blockOf = 64;
+  let offset = 0;
+  return list.map(({ name, tensor }) => {
+    const data = flat.subarray(offset, offset + tensor.size);
+    offset += Math.ceil(tensor.size / blockOf) * blockOf;
+    return { name, dtype: 'F32' as const, shape: [...tensor.shape], data };
+  });
+}
+
+/** A model and what lay beside it. */
+export interface LoadedModel {
+  readonly model: LanguageModel;
+  readonly tokenizer: Tokenizer;
+}
+
+/**
+ * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors, tokenizer.json.
+ * @param options.trainable Default false.
+ * @throws FormatError for a file that is damaged, of another architecture, or does not fit the config.
+ */
+export async function loadModel(folder: string, options: { trainable?: boolean } = {}): Promise<LoadedModel> {
+  const model = await loadWeights(folder, options);
+  try {
+    return { model, tokenizer: await loadTokenizer(folder) };
+  } catch (error) {
+    model.dispose();
+    throw error;
+  }
+}
+
+/** The model of a folder, without its tokenizer. */
+export async function loadWeights(folder: string, options: { trainable?: boolean } = {}): Promise<LanguageModel> {
+  const config = fromTransformers(await readJson(join(folder, files.config)), join(folder, files.config));
+  const model = createModel(config, { trainable: options.trainable ?? false });
+  try {
+    await fill(model, join(folder, files.weights));
+    return model;
+  } catch (error) {
+    model.dispose();
+    throw error;
+  }
+}
+
+async function fill(model: LanguageModel, path: string): Promise<void> {
+  const stored = await openSafetensors(path);
+  try {
+    for (const { name, tensor } of model.parameters.list) {
+      const entry = stored.tensors.get(name);
+      const expected = `[${tensor.shape.join(' ')}]`;
+      if (entry === undefined) {
+        throw new FormatError(`${path}: there is no tensor '${name}', which config.json asks for`, {
+          code: 'ERR_CHECKPOINT',
+          op: 'loadModel',
+          argument: name,
+          expected,
+        });
+      }
+      if (entry.shape.join(' ') !== tensor.shape.join(' ')) {
+        throw new FormatError(`${path}: '${name}' has shape [${entry.shape.join(' ')}], config.json asks for ${expected}`, {
+          code: 'ERR_CHECKPOINT',
+          op: 'loadModel',
+          argument: name,
+          expected,
+          actual: `[${entry.shape.join(' ')}]`,
+        });
+      }
+      write(tensor, widen(await stored.read(name), entry.dtype, `${path}: '${name}'`));
+    }
+  } finally {
+    await stored.close();
+  }
+}
+
+function widen(data: ArrayBufferView, dtype: string, what: string): Float32Array {
+  if (data instanceof Float32Array) return data;
+  if (data instanceof Float64Array) return Float32Array.from(data);
+  if (dtype === 'BF16' && data instanceof Uint16Array) {
+    const bits = new Uint32Array(data.length);
+    for (let i = 0; i < data.length; i++) bits[i] = data[i]! << 16;
+    return new Float32Array(bits.buffer);
+  }
+  throw new FormatError(`${what} is ${dtype}; weights are F32, F16, BF16 or F64`, { code: 'ERR_CHECKPOINT', op: 'loadModel', actual: dtype });
+}
+
+async function readJson(path: string): Promise<unknown> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (error) {
+    throw new FormatError(`${path}: cannot be read; a model folder holds config.json, model.safetensors and tokenizer.json`, {
+      code: 'ERR_CHECKPOINT',
+      op: 'loadModel',
+      argument: path,
+      cause: error,
+    });
+  }
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new FormatError(`${path}: not valid JSON: ${(error as Error).message}`, {
+      code: 'ERR_CHECKPOINT',
+      op: 'loadModel',
+      argument: path,
+      cause: error,
+    });
+  }
+}
