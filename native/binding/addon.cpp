@@ -368,6 +368,11 @@ Napi::Value info(const Napi::CallbackInfo& info) {
   if (me.engine) {
     o.Set("isa", me.engine->isa());
     o.Set("threads", me.engine->threads());
+  } else {
+    guard(env, [&]() -> napi_value {
+      o.Set("isa", choose_isa().isa);
+      return nullptr;
+    });
   }
   o.Set("blas", blas_name);
   o.Set("compiler", __VERSION__);
