@@ -12,7 +12,9 @@ test('philox agrees with the known answers of Random123', () => {
 
 test('a block depends on seed, stream and index, each wider than 32 bits', () => {
   const seen = new Set(
-    [0, 1, 2 ** 32, 2 ** 52].flatMap((a) => [randomBlock(a, 5, 5), randomBlock(5, a, 5), randomBlock(5, 5, a)].map((b) => b.join())),
+    [0, 1, 2 ** 32, 2 ** 52].flatMap((a) =>
+      [randomBlock(a, 5, 5), randomBlock(5, a, 5), randomBlock(5, 5, a)].map((b) => b.join()),
+    ),
   );
   expect(seen.size).toBe(12);
 });

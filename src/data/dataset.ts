@@ -1,0 +1,337 @@
+// Text to training batches: tokenize once, split by document, shuffle by segment, pack, and go on exactly where a run stopped.
+
+import { createHash } from 'node:crypto';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { ConfigError, DataError, LimbeckError } from '../tensor/errors.ts';
+import { checkSeed } from '../tensor/random.ts';
+import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import { type Batch, checkLayout, type Layout, layOut } from './pack.ts';
+import { Rows, type RowsState, readRow, type Segments, segmentsOf, shuffledOrder, storeOrder } from './rows.ts';
+import type { Malformed, Source } from './source.ts';
+import { type Held, holdOut } from './split.ts';
+import { type CorpusReport, tokenize } from './tokenize.ts';
+import { openTokenFile, type TokenStore } from './tokens.ts';
+
+export interface DatasetOptions extends Layout {
+  /** Training data. */
+  readonly train: Source | readonly Source[];
+  /** Held-out data: a share of the training documents (0 to 1), a number of them, or sources of its own. Default: none. */
+  readonly validation?: Held | Source | readonly Source[];
+  readonly tokenizer: Tokenizer;
+  /** Seed of the split and of the order of training. Default 0. */
+  readonly seed?: number;
+  /** Put the begin token before each text. Default: where the tokenizer has one. */
+  readonly bos?: boolean;
+  /** Put the end token behind each text. Default: where the tokenizer has one. */
+  readonly eos?: boolean;
+  /** Whether special tokens written in the text count as tokens. Default false: they are text. */
+  readonly special?: boolean;
+  /** Folder where ids are kept, and found again by the next run on the same files. Default: not kept. */
+  readonly cacheTokens?: string;
+  /** Ids above this many bytes go to a file in `cacheTokens` or the system's temporary folder. Default 1 GiB. */
+  readonly memoryLimit?: number;
+  readonly onProgress?: (progress: { readonly documents: number; readonly bytes: number; readonly tokens: number }) => void;
+  readonly signal?: AbortSignal;
+}
+
+/** What was read. Counts are of training and held-out data together, unless they say otherwise. */
+export interface DatasetReport {
+  readonly documents: number;
+  readonly bytes: number;
+  readonly tokens: number;
+  readonly trainDocuments: number;
+  readonly trainTokens: number;
+  readonly validationDocuments: number;
+  readonly validationTokens: number;
+  /** Records that were left out: how many, and the first thousand. */
+  readonly malformedCount: number;
+  readonly malformed: readonly Malformed[];
+}
+
+/** Where a loader is; plain data for a checkpoint. */
+export interface DatasetState extends RowsState {
+  readonly version: 1;
+  readonly seed: number;
+  readonly length: number;
+  /** Fingerprint of the data, to refuse another corpus. */
+  readonly data: string;
+  /** Tokens given out since the start. */
+  readonly tokens: number;
+}
+
+/** Batches of training data without end, each epoch in a new order. */
+export interface Loader {
+  next(): Promise<Batch>;
+  /** Passes over the data, the part of the current one included. */
+  readonly epoch: number;
+  state(): DatasetState;
+  /** Goes on as the loader that gave this state would have, bit for bit. @throws ConfigError `ERR_RESUME` for other data or options */
+  restore(state: DatasetState): void;
+}
+
+export interface Dataset {
+  readonly train: Loader;
+  /** The held-out data once, in the same order every time; the last row and batch are padded. */
+  validation(options?: { readonly batches?: number }): AsyncGenerator<Batch>;
+  readonly report: DatasetReport;
+  /** Frees files; batches cannot be read afterwards. */
+  close(): Promise<void>;
+}
+
+/**
+ * Opens a corpus for training.
+ * @throws DataError `ERR_EMPTY`, `ERR_SPLIT`, `ERR_UTF8`, `ERR_MALFORMED` (strict), `ERR_TOKEN_RANGE`, `ERR_VOCABULARY`; ConfigError
+ */
+export async function openDataset(options: DatasetOptions): Promise<Dataset> {
+  checkLayout(options, 'openDataset');
+  const seed = checkSeed(options.seed ?? 0);
+  const { validation, length } = options;
+  const opened: Corpus[] = [];
+  const close = async () => {
+    for (const corpus of opened) await corpus.close();
+  };
+  const load = async (sources: readonly Source[], what: string) => {
+    const corpus = await openCorpus(sources, options);
+    opened.push(corpus);
+    if (corpus.store.tokens === 0) {
+      throw new DataError(
+        `openDataset: the ${what} data has no text: ${corpus.report.documents} documents, ${corpus.report.malformedCount} malformed`,
+        {
+          code: 'ERR_EMPTY',
+          op: 'openDataset',
+          argument: what === 'training' ? 'train' : 'validation',
+        },
+      );
+    }
+    return corpus;
+  };
+  try {
+    const train = await load(listOf(options.train), 'training');
+    const all = Uint32Array.from({ length: train.store.ends.length }, (_, i) => i);
+    let trainDocuments = all;
+    let held: { store: TokenStore; documents: Uint32Array; segments: Segments } | undefined;
+    if (
+      typeof validation === 'number' ||
+      (validation !== undefined && 'documents' in validation && typeof validation.documents === 'number')
+    ) {
+      const documents = holdOut(validation as Held, all.length, seed);
+      const out = new Set(documents);
+      trainDocuments = all.filter((i) => !out.has(i));
+      held = { store: train.store, documents, segments: segmentsOf(train.store, documents, length) };
+    } else if (validation !== undefined) {
+      const { store } = await load(listOf(validation as Source | readonly Source[]), 'validation');
+      const documents = Uint32Array.from({ length: store.ends.length }, (_, i) => i);
+      held = { store, documents, segments: segmentsOf(store, documents, length) };
+    }
+    const segments = segmentsOf(train.store, trainDocuments, length);
+    if (segments.tokens === 0)
+      throw new DataError('openDataset: the training documents have no tokens', {
+        code: 'ERR_EMPTY',
+        op: 'openDataset',
+        argument: 'train',
+      });
+
+    const reports = opened.map((corpus) => corpus.report);
+    const sum = (field: 'documents' | 'bytes' | 'tokens' | 'malformedCount') =>
+      reports.reduce((total, report) => total + report[field], 0);
+    const padded = { ...options, pad: options.pad ?? options.tokenizer.pad ?? 0 };
+    return {
+      train: loader(train.store, segments, padded, seed, dataFingerprint(train.store, trainDocuments)),
+      async *validation({ batches = Number.POSITIVE_INFINITY } = {}) {
+        if (held === undefined) return;
+        const rows = new Rows(held.segments, length, () => storeOrder());
+        for (let i = 0; i < batches; i++) {
+          const batch = await take(held.store, rows, padded, true);
+          if (batch === undefined) return;
+          yield batch;
+        }
+      },
+      report: {
+        documents: sum('documents'),
+        bytes: sum('bytes'),
+        tokens: sum('tokens'),
+        trainDocuments: trainDocuments.length,
+        trainTokens: segments.tokens,
+        validationDocuments: held?.documents.length ?? 0,
+        validationTokens: held?.segments.tokens ?? 0,
+        malformedCount: sum('malformedCount'),
+        malformed: reports.flatMap((report) => report.malformed).slice(0, 1000),
+      },
+      close,
+    };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}
+
+function listOf(sources: Source | readonly Source[]): readonly Source[] {
+  return Array.isArray(sources) ? sources : [sources as Source];
+}
+
+/** The next rows of a walk as a batch; undefined when there are none. */
+async function take(store: TokenStore, rows: Rows, layout: Layout, once: boolean): Promise<Batch | undefined> {
+  const pieces = [];
+  for (let row = rows.next(once); row !== undefined; row = rows.next(once)) {
+    pieces.push(row);
+    if (pieces.length === layout.batch) break;
+  }
+  if (pieces.length === 0) return undefined;
+  return layOut(await Promise.all(pieces.map((row) => readRow(store, row))), layout);
+}
+
+function loader(store: TokenStore, segments: Segments, layout: Layout, seed: number, data: string): Loader {
+  const rows = new Rows(segments, layout.length, shuffledOrder(segments.count, seed));
+  let tokens = 0;
+  // One batch at a time: rows are taken in the order of the calls.
+  let last: Promise<unknown> = Promise.resolve();
+  return {
+    next() {
+      const batch = last.then(async () => {
+        const taken = (await take(store, rows, layout, false))!;
+        tokens += taken.tokens;
+        return taken;
+      });
+      last = batch.catch(() => {});
+      return batch;
+    },
+    get epoch() {
+      return rows.state.epoch + rows.state.position / segments.count;
+    },
+    state: () => ({ version: 1, seed, length: layout.length, data, tokens, ...rows.state }),
+    restore(state) {
+      const now = { version: 1, seed, length: layout.length, data };
+      for (const [field, value] of Object.entries(now)) {
+        const saved = state[field as keyof typeof now];
+        if (saved === value) continue;
+        throw new ConfigError(
+          `restore: the saved state has ${field} ${saved}, this loader ${value}; the sequence of batches would differ`,
+          {
+            code: 'ERR_RESUME',
+            op: 'restore',
+            argument: field,
+            expected: String(value),
+            actual: String(saved),
+          },
+        );
+      }
+      rows.state = state;
+      tokens = state.tokens;
+    },
+  };
+}
+
+function dataFingerprint(store: TokenStore, documents: Uint32Array): string {
+  const hash = createHash('sha256');
+  hash.update(store.ends);
+  hash.update(documents);
+  return hash.digest('hex').slice(0, 16);
+}
+
+interface Corpus {
+  readonly store: TokenStore;
+  readonly report: CorpusReport;
+  close(): Promise<void>;
+}
+
+/** Tokenizes sources, or takes the ids of an earlier run on the same files. */
+async function openCorpus(sources: readonly Source[], options: DatasetOptions): Promise<Corpus> {
+  const limit = options.memoryLimit ?? 2 ** 30;
+  const { tokenizer, cacheTokens } = options;
+  const bos = (options.bos ?? true) ? tokenizer.bos : undefined;
+  const eos = (options.eos ?? true) ? tokenizer.eos : undefined;
+  for (const [name, id] of Object.entries({ bos, eos })) {
+    if (options[name as 'bos' | 'eos'] !== true || id !== undefined) continue;
+    throw new ConfigError(`openDataset: ${name} was asked for, but the tokenizer has no such token`, {
+      code: 'ERR_NO_TOKEN',
+      op: 'openDataset',
+      argument: name,
+    });
+  }
+  await checkVocabulary(sources, tokenizer);
+  const settings = {
+    tokenizer,
+    bos,
+    eos,
+    special: options.special ?? false,
+    limit,
+    onProgress: options.onProgress,
+    signal: options.signal,
+  };
+
+  const key = cacheTokens === undefined ? undefined : await cacheKey(sources, tokenizer, [bos, eos, settings.special]);
+  if (key === undefined) {
+    let folder = '';
+    const spill = async () => {
+      folder = await mkdtemp(join(tmpdir(), 'limbeck-'));
+      return join(folder, 'tokens.safetensors');
+    };
+    const remove = async () => {
+      if (folder !== '') await rm(folder, { recursive: true, force: true });
+    };
+    try {
+      const { store, report } = await tokenize(sources, { ...settings, spill });
+      return {
+        store,
+        report,
+        close: async () => {
+          await store.close();
+          await remove();
+        },
+      };
+    } catch (error) {
+      await remove();
+      throw error;
+    }
+  }
+  const path = join(cacheTokens!, `${key}.safetensors`);
+  const found = await cached(path);
+  if (found !== undefined) return found;
+  const { store, report } = await tokenize(sources, { ...settings, limit: 0, spill: async () => path });
+  return { store, report, close: () => store.close() };
+}
+
+async function cached(path: string): Promise<Corpus | undefined> {
+  try {
+    const file = await openTokenFile(path);
+    const report = JSON.parse(file.metadata.report ?? '') as CorpusReport;
+    return { store: file, report, close: () => file.close() };
+  } catch (error) {
+    // Whatever is wrong with a cached file, it can be made again.
+    if (LimbeckError.is(error) || error instanceof SyntaxError) return undefined;
+    throw error;
+  }
+}
+
+/** Names the result of tokenizing; undefined where a source is not in files. */
+async function cacheKey(sources: readonly Source[], tokenizer: Tokenizer, settings: unknown): Promise<string | undefined> {
+  const hash = createHash('sha256');
+  hash.update(JSON.stringify([1, tokenizer.digest, settings]));
+  for (const source of sources) {
+    const files = await source.files();
+    if (files === undefined) return undefined;
+    hash.update(JSON.stringify([source.options, files]));
+  }
+  return hash.digest('hex').slice(0, 32);
+}
+
+async function checkVocabulary(sources: readonly Source[], tokenizer: Tokenizer): Promise<void> {
+  for (const source of sources) {
+    if (source.kind !== 'tokens') continue;
+    for (const fingerprint of await source.fingerprints()) {
+      if (fingerprint === tokenizer.fingerprint) continue;
+      throw new DataError(
+        `openDataset: the token files were made with another vocabulary (${fingerprint}) than the tokenizer has (${tokenizer.fingerprint}); tokenize the text again`,
+        {
+          code: 'ERR_VOCABULARY',
+          op: 'openDataset',
+          argument: 'tokenizer',
+          expected: fingerprint,
+          actual: tokenizer.fingerprint,
+        },
+      );
+    }
+  }
+}

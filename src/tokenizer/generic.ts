@@ -1,0 +1,113 @@
+// Every tokenizer.json that the native encoder does not cover: normalizers, SentencePiece-style BPE, Unigram, WordPiece.
+
+import { setImmediate as nextTurn } from 'node:timers/promises';
+import { Tokenizer as Pipeline } from '@huggingface/tokenizers';
+import { DataError, FormatError } from '../tensor/errors.ts';
+import { checkIds } from './alphabet.ts';
+import { saveTokenizer, type TokenizerFile } from './file.ts';
+import { sentinels } from './sentinels.ts';
+import type { TokenDecoder, Tokenizer } from './tokenizer.ts';
+
+// Ids that are decoded again with each new one: enough context for decoders that look back (leading spaces, byte fallback).
+const context = 8;
+
+export function genericTokenizer(file: TokenizerFile): Tokenizer {
+  const pipeline = build(file, file.json);
+  let plain: Pipeline | undefined;
+  const vocabSize = file.tokens.length;
+
+  const encode = (text: string | Uint8Array, special: boolean): Int32Array => {
+    const string = typeof text === 'string' ? text : new TextDecoder('utf-8', { ignoreBOM: true }).decode(text);
+    if (!special) plain ??= build(file, { ...file.json, added_tokens: file.added.length === 0 ? [] : ordinary(file) });
+    const { ids, tokens } = (special ? pipeline : plain!).encode(string, { add_special_tokens: false });
+    for (const [i, id] of (ids as (number | undefined)[]).entries()) {
+      if (id === undefined) {
+        throw new DataError(
+          `encode: ${JSON.stringify(tokens[i])} is not in the vocabulary of ${file.where}, which has no unknown token`,
+          {
+            code: 'ERR_UNKNOWN_TOKEN',
+            op: 'encode',
+            argument: String(tokens[i]),
+          },
+        );
+      }
+    }
+    return Int32Array.from(ids);
+  };
+
+  const decode = (ids: ArrayLike<number>, skipSpecial: boolean): string => {
+    if (ids.length === 0) return '';
+    return pipeline.decode(Array.from(ids), { skip_special_tokens: skipSpecial, clean_up_tokenization_spaces: false });
+  };
+
+  return {
+    vocabSize,
+    fingerprint: file.fingerprint,
+    digest: file.digest,
+    bos: file.bos,
+    eos: file.eos,
+    pad: file.pad,
+    unk: file.unk,
+    engine: 'generic',
+    encode: (text, options = {}) => sentinels(file, options)(encode(text, options.special ?? true)),
+    async encodeBatch(texts, options = {}) {
+      const wrap = sentinels(file, options);
+      const results: Int32Array[] = [];
+      for (const text of texts) {
+        results.push(wrap(encode(text, options.special ?? true)));
+        await nextTurn();
+      }
+      return results;
+    },
+    decode(ids, options = {}) {
+      checkIds(ids, vocabSize, 'decode');
+      return decode(ids, options.skipSpecial ?? false);
+    },
+    decoder(options = {}): TokenDecoder {
+      const skip = options.skipSpecial ?? false;
+      const seen: number[] = [];
+      let settled = 0; // ids whose text was given out
+      let base = 0; // first id of the window
+      const rest = (final: boolean): string => {
+        const before = decode(seen.slice(base, settled), skip);
+        const all = decode(seen.slice(base), skip);
+        // A text that ends in U+FFFD may be a character that is not complete yet.
+        if (!final && all.endsWith('\ufffd')) return '';
+        base = Math.max(base, settled - context);
+        settled = seen.length;
+        return all.slice(before.length);
+      };
+      return {
+        push(id) {
+          checkIds([id], vocabSize, 'decoder.push');
+          seen.push(id);
+          return rest(false);
+        },
+        end: () => (settled < seen.length ? rest(true) : ''),
+      };
+    },
+    id: (token) => file.ids.get(token),
+    token: (id) => file.tokens[id],
+    save: (path) => saveTokenizer(file, path),
+  };
+}
+
+function ordinary(file: TokenizerFile): unknown[] {
+  const special = new Set(file.added.filter((token) => token.special).map((token) => token.id));
+  return (file.json.added_tokens as { id: number }[]).filter((token) => !special.has(token.id));
+}
+
+function build(file: TokenizerFile, json: object): Pipeline {
+  try {
+    // The reader insists on these entries, though null is their usual value.
+    const complete = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null, added_tokens: [], ...json };
+    return new Pipeline(complete, { ...file.config, clean_up_tokenization_spaces: false });
+  } catch (error) {
+    throw new FormatError(`loadTokenizer: ${file.where} cannot be used: ${(error as Error).message}`, {
+      code: 'ERR_TOKENIZER',
+      op: 'loadTokenizer',
+      argument: file.where,
+      cause: error,
+    });
+  }
+}
