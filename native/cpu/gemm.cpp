@@ -17,6 +17,7 @@ constexpr int MR = 8, NV = 3;   // 24 of 32
 constexpr int MR = 6, NV = 2;   // 12 of 16
 #endif
 constexpr int NR = NV * W;
+static_assert(NR == kBlockColumns);
 constexpr int64_t KC = 256;                        // a sliver of B (KC x NR) stays in L1 while strips of A stream past it
 constexpr int64_t MC = 12 * MR;                    // a block of A (MC x KC) stays in L2
 constexpr int64_t kPanelFloats = int64_t{2} << 20; // packed B, shared by all threads: 8 MB, from L3

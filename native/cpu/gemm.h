@@ -2,6 +2,7 @@
 // while packing). The bits of a result depend on shapes and instruction set only, never on the number of threads.
 #pragma once
 #include "core/kernel.h"
+#include "cpu/simd.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
@@ -18,8 +19,14 @@ struct Matrix {
 inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
 
+#if defined(__aarch64__)
+constexpr int64_t kBlockColumns = 3 * W;
+#else
+constexpr int64_t kBlockColumns = 2 * W;
+#endif
+
 // Called once for each finished block of C (rows i0.., columns j0..), on the thread that made it, while it is still in cache.
-// The blocks depend on the number of threads. The hook may use slot 0 of the pool's scratch.
+// The blocks depend on the number of threads, but always begin at a multiple of kBlockColumns. The hook may use slot 0 of the pool's scratch.
 struct TileHook {
   void (*run)(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) = nullptr;
   void* ctx = nullptr;

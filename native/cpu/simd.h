@@ -168,4 +168,28 @@ LIMBECK_INLINE Vec tanh(Vec x) {
   return in == in ? y : in;
 }
 
+// Natural logarithm to about 1 ulp, subnormal numbers included: -inf at 0, NaN below.
+LIMBECK_INLINE Vec log(Vec x) {
+  const Vec in = x;
+  const IVec tiny = x < 1.17549435e-38f;
+  x = tiny ? x * 8388608.f : x;
+  const IVec e = ((IVec)x - 0x3f3504f3) >> 23;  // x = 2^e m, m in [sqrt 1/2, sqrt 2)
+  const Vec f = (Vec)((IVec)x - (e << 23)) - 1.f;
+  const Vec n = __builtin_convertvector(e, Vec) - (tiny ? splat(23.f) : Vec{});
+  Vec p = f * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec f2 = f * f;
+  Vec y = p * (f2 * f) + n * -2.12194440e-4f;
+  y = f - (f2 * 0.5f - y) + n * 0.693359375f;
+  y = in > 3.4028235e38f ? in : y;
+  y = in == 0.f ? splat(-__builtin_inff()) : y;
+  return in >= 0.f ? y : splat(__builtin_nanf(""));
+}
+
 }  // namespace limbeck::cpu::LIMBECK_ISA
