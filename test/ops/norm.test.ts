@@ -1,0 +1,102 @@
+import { expect, test } from 'vitest';
+import { add } from '../../src/ops/elementwise.ts';
+import { layerNorm, rmsNorm, rmsNormAdd } from '../../src/ops/norm.ts';
+import { dot } from '../../src/ops/reduce.ts';
+import { ShapeError } from '../../src/tensor/errors.ts';
+import { scope } from '../../src/tensor/scope.ts';
+import { valueAndGrad } from '../../src/tensor/tape.ts';
+import { parameter, tensor } from '../../src/tensor/tensor.ts';
+import { type Array64, checkOp, elementwise, type Input, rowwise, total } from './check.ts';
+
+// No rows, rows of one, primes, one past a vector, several parts of the sum over rows.
+const shapes = [[0, 5], [1, 1], [3, 7], [2, 3, 17], [5, 64], [33, 65], [600, 67]];
+const cases = (rest: (shape: number[]) => Input[]): Input[][] => shapes.flatMap((shape) => [[{ shape }, ...rest(shape)]]);
+const width = (shape: readonly number[]): number[] => [shape.at(-1)!];
+
+const rms = (x: Array64, w: Array64, eps: number, offset: number): Array64 =>
+  rowwise(x, (row) => {
+    const r = 1 / Math.sqrt(total(row.map((v) => v * v)) / row.length + eps);
+    return row.map((v, i) => v * r * (offset + w.data[i]!));
+  });
+const plus = elementwise((a, b) => a + b);
+
+checkOp({
+  name: 'rms_norm, Gemma',
+  run: (x, w) => rmsNorm(x!, w!, { offset: 1 }),
+  reference: (x, w) => rms(x!, w!, 1e-6, 1),
+  cases: cases((s) => [{ shape: width(s) }]),
+});
+
+checkOp({
+  name: 'rms_norm, Llama, bf16 weights',
+  run: (x, w) => rmsNorm(x!, w!, { eps: 0.1 }),
+  reference: (x, w) => rms(x!, w!, 0.1, 0),
+  cases: cases((s) => [{ shape: width(s), dtype: 'bf16' }]),
+});
+
+checkOp({
+  name: 'rms_norm_add',
+  run: (x, w, residual) => rmsNormAdd(x!, w!, residual!, { offset: 1 }),
+  reference: (x, w, residual) => plus(rms(x!, w!, 1e-6, 1), residual!),
+  cases: cases((s) => [{ shape: width(s) }, { shape: s }]),
+});
+
+const layer = (x: Array64, w: Array64, bias?: Array64): Array64 =>
+  rowwise(x, (row) => {
+    const mean = total(row) / row.length;
+    const r = 1 / Math.sqrt(total(row.map((v) => (v - mean) ** 2)) / row.length + 1e-5);
+    return row.map((v, i) => (v - mean) * r * w.data[i]! + (bias?.data[i] ?? 0));
+  });
+
+checkOp({
+  name: 'layer_norm',
+  run: (x, w, bias) => layerNorm(x!, w!, bias),
+  reference: (x, w, bias) => layer(x!, w!, bias),
+  cases: [
+    ...cases((s) => [{ shape: width(s) }, { shape: width(s) }]),
+    ...cases((s) => [{ shape: width(s) }]).slice(2, 5),
+    ...cases((s) => [{ shape: width(s), dtype: 'bf16' }, { shape: width(s), dtype: 'bf16' }]).slice(2, 5),
+  ],
+  // Where a row has one element its variance is 0: the gradient is the difference of equals, times 1 / sqrt(eps) = 316.
+  gradientTolerance: 2e-5,
+});
+
+test('Gemma RMSNorm gives the golden vectors', async () => {
+  const x = parameter(tensor([1, -2, 3, 0.5], [1, 4]));
+  const w = parameter(tensor([0.1, -0.2, 0, 0.3]));
+  const y = rmsNorm(x, w, { offset: 1 });
+  valueAndGrad(() => dot(rmsNorm(x, w, { offset: 1 }), tensor([0.3, -0.1, 0.2, 0.4], [1, 4]))).dispose();
+  const close = (actual: ArrayLike<number>, expected: number[]): void => {
+    expected.forEach((e, i) => {
+      expect(actual[i]).toBeCloseTo(e, 6);
+    });
+  };
+  close(await y.read(), [0.58279416, -0.84770059, 1.58943861, 0.34437836]);
+  close(await x.grad!.read(), [0.12464546, 0.05800054, -0.04461578, 0.2504063]);
+  close(await w.grad!.read(), [0.15894386, 0.10596257, 0.31788772, 0.10596257]);
+  for (const t of [x, w, y]) t.dispose();
+});
+
+test('a gradient that arrives from two users is their sum', async () => {
+  const x = parameter(tensor([1, -2, 3, 0.5], [1, 4]));
+  const w = parameter(tensor([1, 1, 1, 1]));
+  const dy = tensor([0.3, -0.1, 0.2, 0.4], [1, 4]);
+  valueAndGrad(() => dot(rmsNorm(x, w), dy)).dispose();
+  const once = await x.grad!.read();
+  valueAndGrad(() => dot(add(rmsNorm(x, w), rmsNorm(x, w)), dy)).dispose();
+  const thrice = await x.grad!.read();
+  thrice.forEach((g, i) => {
+    expect(g).toBeCloseTo(3 * once[i]!, 6);
+  });
+  for (const t of [x, w, dy]) t.dispose();
+});
+
+test('a weight of another width is refused, with both shapes', () => {
+  scope(() => {
+    const x = tensor([1, 2, 3, 4, 5, 6], [2, 3]);
+    const w = tensor([1, 2]);
+    expect(() => rmsNorm(x, w)).toThrow(ShapeError);
+    expect(() => rmsNorm(x, w)).toThrow(/w has shape \[2\], expected \[3\]/);
+    expect(() => layerNorm(x, tensor([1, 2, 3]), w)).toThrow(ShapeError);
+  });
+});
