@@ -14,7 +14,7 @@ STEPS = 6
 
 
 def run(dtype, start, gradients, clip, options):
-    parameters = [torch.nn.Parameter(p.to(dtype)) for p in start]
+    parameters = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
     optimizer = torch.optim.AdamW(parameters, **options)
     steps = []
     for step in gradients:
