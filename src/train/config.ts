@@ -263,6 +263,21 @@ export function parseRun(input: unknown, options: { base?: string; source?: stri
   return resolvePaths(result.data, options.base ?? process.cwd());
 }
 
+/** {@link parseRun} for a run that must be of one kind. @throws ConfigError */
+export function parseRunOf<K extends RunConfig['kind']>(kind: K, input: unknown): Extract<RunConfig, { kind: K }> {
+  const run = parseRun(input);
+  if (run.kind !== kind) {
+    throw new ConfigError(`${run.name}: kind is '${run.kind}', expected '${kind}'; run it with ${run.kind}()`, {
+      code: 'ERR_CONFIG',
+      op: kind,
+      argument: 'kind',
+      expected: kind,
+      actual: run.kind,
+    });
+  }
+  return run as Extract<RunConfig, { kind: K }>;
+}
+
 /** Optimizer steps of a run. */
 export function plannedSteps(run: RunConfig): number {
   return run.steps ?? Math.ceil(run.tokens! / tokensPerStep(run));

@@ -1,0 +1,52 @@
+// Where checkpoints lie: `output`/checkpoints/step-N, each a model folder.
+import { readdir, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { isPartial } from '../io/atomic.ts';
+import { FormatError } from '../tensor/errors.ts';
+
+const stepFolder = /^step-(\d{8,})$/;
+
+/** The folder of the checkpoint after `step` optimizer steps. */
+export function checkpointFolder(output: string, step: number): string {
+  return join(output, 'checkpoints', `step-${String(step).padStart(8, '0')}`);
+}
+
+/** Folders of the complete checkpoints of an output folder, oldest first. */
+export async function checkpointFolders(output: string): Promise<string[]> {
+  const folder = join(output, 'checkpoints');
+  const names = await readdir(folder).catch((error: NodeJS.ErrnoException) => {
+    if (error.code === 'ENOENT' || error.code === 'ENOTDIR') return [];
+    throw error;
+  });
+  const stepOf = (name: string): number => Number(stepFolder.exec(name)![1]);
+  return names
+    .filter((name) => stepFolder.test(name))
+    .sort((a, b) => stepOf(a) - stepOf(b))
+    .map((name) => join(folder, name));
+}
+
+/** Removes what a killed process left half-written, and all but the newest `keep` checkpoints. */
+export async function pruneCheckpoints(output: string, keep: number): Promise<void> {
+  const folder = join(output, 'checkpoints');
+  const partial = (await readdir(folder)).filter(isPartial).map((name) => join(folder, name));
+  const all = await checkpointFolders(output);
+  for (const path of [...partial, ...all.slice(0, Math.max(0, all.length - keep))]) await rm(path, { recursive: true, force: true });
+}
+
+/** The newest complete checkpoint of an output folder; undefined when there is none. */
+export async function latestCheckpoint(output: string): Promise<string | undefined> {
+  return (await checkpointFolders(output)).at(-1);
+}
+
+/** The folder of a model: `path` itself when it holds one, else its newest checkpoint. @throws FormatError */
+export async function resolveCheckpoint(path: string): Promise<string> {
+  const here = await stat(join(path, 'config.json')).catch(() => undefined);
+  if (here?.isFile()) return path;
+  const newest = await latestCheckpoint(path);
+  if (newest !== undefined) return newest;
+  throw new FormatError(`${path}: neither a model folder (config.json, model.safetensors, tokenizer.json) nor an output folder with checkpoints`, {
+    code: 'ERR_CHECKPOINT',
+    op: 'loadModel',
+    argument: path,
+  });
+}

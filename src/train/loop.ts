@@ -1,0 +1,259 @@
+// The loop that pretraining and distillation share: steps, schedule, evaluation, checkpoints, resume, abort, and the guard against
+// losses that are not finite. The device works one step ahead of what is reported.
+import type { Batch } from '../data/pack.ts';
+import type { Dataset } from '../data/dataset.ts';
+import { latestCheckpoint } from '../models/folder.ts';
+import { generateText } from '../models/generate.ts';
+import type { LanguageModel } from '../models/model.ts';
+import { ConfigError, TrainingError } from '../tensor/errors.ts';
+import { memory, native, resetPeak } from '../tensor/engine.ts';
+import { keep, scope } from '../tensor/scope.ts';
+import { valueAndGrad } from '../tensor/tape.ts';
+import type { Tensor } from '../tensor/tensor.ts';
+import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import { type DeviceBatch, upload } from './batch.ts';
+import { readState, restoreOptimizer, saveCheckpoint, type TrainingState } from './checkpoint.ts';
+import { plannedSteps, type RunConfig, tokensPerStep } from './config.ts';
+import type { Evaluation, SampleEvent, TrainEvent } from './events.ts';
+import { createOptimizer } from './optimizer.ts';
+import { learningRate } from './schedules.ts';
+
+export interface LoopOptions {
+  /** Stops after the step that is under way, and saves. */
+  readonly signal?: AbortSignal;
+}
+
+/** What a loss gives: `total` is minimised; the others are reported, summed over tokens with the batch's weights. */
+export interface LossTensors {
+  readonly total: Tensor;
+  readonly kl?: Tensor;
+  readonly ce?: Tensor;
+}
+
+/** The parts that make a run. */
+export interface TrainingParts {
+  readonly run: RunConfig;
+  readonly model: LanguageModel;
+  readonly tokenizer: Tokenizer;
+  readonly data: Dataset;
+  readonly teacherParameters?: number;
+  /** Checkpoint that the model's weights came from; the rest of the state is read from it. */
+  readonly resume: string | undefined;
+  /** Facts that must be the same before and after a resume. */
+  readonly pinned: Readonly<Record<string, string>>;
+  loss(batch: DeviceBatch): LossTensors;
+  evaluate(): Promise<Evaluation>;
+}
+
+/** Where a run begins: the checkpoint to go on from, by the run's `resume` setting. */
+export async function resumePoint(run: RunConfig): Promise<string | undefined> {
+  if (run.resume === false) return undefined;
+  return run.resume === 'auto' ? latestCheckpoint(run.output) : run.resume;
+}
+
+/** Numbers of one optimizer step, read from the device. */
+interface Reading {
+  readonly step: number;
+  readonly tokens: number;
+  readonly rate: number;
+  readonly values: Promise<{ loss: number; norm: number; kl?: number; ce?: number }>;
+}
+
+export async function* trainingLoop(parts: TrainingParts, options: LoopOptions = {}): AsyncGenerator<TrainEvent, void, undefined> {
+  const { run, model, data, tokenizer } = parts;
+  const steps = plannedSteps(run);
+  const started = performance.now();
+  const optimizer = createOptimizer(model.parameters, run.optimizer);
+  try {
+    resetPeak();
+    let step = 0;
+    let tokens = 0;
+    if (parts.resume !== undefined) {
+      const state = await readState(parts.resume);
+      checkPinned(parts.resume, state.pinned, parts.pinned);
+      await restoreOptimizer(parts.resume, optimizer, state);
+      data.train.restore(state.data);
+      ({ step, tokens } = state);
+    }
+    const first = step;
+    yield {
+      type: 'start',
+      kind: run.kind,
+      name: run.name,
+      parameters: model.parameters.count,
+      ...(parts.teacherParameters === undefined ? {} : { teacherParameters: parts.teacherParameters }),
+      steps,
+      tokens: steps * tokensPerStep(run),
+      device: run.device,
+      threads: native().info().threads ?? 1,
+      output: run.output,
+      ...(parts.resume === undefined ? {} : { resumedFrom: { step, path: parts.resume } }),
+    };
+    const { malformedCount, malformed } = data.report;
+    if (malformedCount > 0) {
+      const [one] = malformed;
+      yield {
+        type: 'warning',
+        code: 'WARN_MALFORMED',
+        message: `${malformedCount} malformed line(s) were left out; the first is ${one?.file}:${one?.line}: ${one?.reason}`,
+        count: malformedCount,
+        malformed: malformed.slice(0, 10),
+      };
+    }
+
+    let evaluation: Evaluation | undefined;
+    let saved: { step: number; path: string } | undefined;
+    let last = performance.now();
+    let speed: number | undefined;
+
+    const launch = async (): Promise<Reading> => {
+      const batches: Batch[] = [];
+      for (let i = 0; i < run.batch.accumulate; i++) batches.push(await data.train.next());
+      const predicted = batches.reduce((n, b) => n + b.predicted, 0);
+      const rate = learningRate(run.schedule, run.optimizer.learningRate, step, steps);
+      const losses = batches.map((batch) => gradients(parts, batch, 1 / Math.max(1, predicted)));
+      const norm = keep(optimizer.step(rate));
+      step++;
+      tokens += batches.reduce((n, b) => n + b.tokens, 0);
+      return { step, tokens, rate, values: readStep(losses, norm) };
+    };
+    const report = async function* (reading: Reading): AsyncGenerator<TrainEvent> {
+      const values = await reading.values;
+      const now = performance.now();
+      const seconds = (now - last) / 1000;
+      last = now;
+      if (!Number.isFinite(values.loss) || !Number.isFinite(values.norm)) throw notFinite(reading, values, saved?.path ?? parts.resume);
+      const tokensPerSecond = tokensPerStep(run) / seconds;
+      speed = speed === undefined ? tokensPerSecond : speed + 0.1 * (tokensPerSecond - speed);
+      if (reading.step % run.log.every === 0 || reading.step === steps) {
+        yield {
+          type: 'step',
+          step: reading.step,
+          tokens: reading.tokens,
+          loss: values.loss,
+          learningRate: reading.rate,
+          gradientNorm: values.norm,
+          tokensPerSecond,
+          seconds,
+          memory: { live: memory().live, peak: memory().peak, rss: process.memoryUsage.rss() },
+          ...(values.kl === undefined ? {} : { kl: values.kl }),
+          ...(values.ce === undefined ? {} : { ce: values.ce }),
+          etaSeconds: ((steps - reading.step) * tokensPerStep(run)) / speed,
+        };
+      }
+    };
+    const save = async (): Promise<TrainEvent> => {
+      const from = performance.now();
+      const state: TrainingState = {
+        format: 1,
+        kind: run.kind,
+        step,
+        tokens,
+        updates: optimizer.updates,
+        data: data.train.state(),
+        pinned: parts.pinned,
+      };
+      const { path, bytes } = await saveCheckpoint(run.output, { model, optimizer, tokenizer }, state, run.checkpoint.keep);
+      saved = { step, path };
+      return { type: 'checkpoint', step, path, seconds: (performance.now() - from) / 1000, bytes };
+    };
+
+    let ahead: Reading | undefined;
+    while (step < steps && !options.signal?.aborted) {
+      const before = ahead;
+      ahead = await launch();
+      if (before !== undefined) yield* report(before);
+      const evaluates = step % run.evaluate.every === 0 || step === steps;
+      const saves = step % run.checkpoint.every === 0 || step === steps;
+      if (!evaluates && !saves) continue;
+      yield* report(ahead);
+      ahead = undefined;
+      if (evaluates) {
+        const from = performance.now();
+        evaluation = await parts.evaluate();
+        yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000 };
+        yield* samples(parts, step);
+      }
+      if (saves) yield await save();
+      last = performance.now();
+    }
+    if (ahead !== undefined) yield* report(ahead);
+    const aborted = step < steps;
+    if (step > first && saved?.step !== step) yield await save();
+    yield {
+      type: 'done',
+      reason: aborted ? 'aborted' : 'finished',
+      step,
+      tokens,
+      seconds: (performance.now() - started) / 1000,
+      ...(evaluation === undefined ? {} : { evaluation }),
+      ...(saved === undefined ? {} : { checkpoint: saved.path }),
+    };
+  } finally {
+    optimizer.dispose();
+  }
+}
+
+/** Texts that the model writes as it is now. */
+async function* samples({ run, model, tokenizer }: TrainingParts, step: number): AsyncGenerator<SampleEvent> {
+  if (run.evaluate.samples === undefined) return;
+  const { prompts, tokens, temperature } = run.evaluate.samples;
+  for (const prompt of prompts) {
+    let text = '';
+    for await (const piece of generateText(model, tokenizer, prompt, { tokens, temperature, seed: run.seed })) text += piece;
+    yield { type: 'sample', step, prompt, text };
+  }
+}
+
+/** Adds the gradient of one micro-batch; the returned sums are still on the device. */
+function gradients(parts: TrainingParts, batch: Batch, share: number): LossTensors {
+  return keep(
+    scope(() => {
+      let all: LossTensors | undefined;
+      const total = valueAndGrad(() => {
+        all = parts.loss(upload(batch, share));
+        // What is only reported must outlive the pass.
+        keep({ kl: all.kl, ce: all.ce });
+        return all.total;
+      });
+      return { ...all!, total };
+    }),
+  );
+}
+
+async function readStep(losses: readonly LossTensors[], norm: Tensor): Promise<{ loss: number; norm: number; kl?: number; ce?: number }> {
+  const sum = async (tensors: readonly (Tensor | undefined)[]): Promise<number | undefined> => {
+    const given = tensors.filter((t) => t !== undefined);
+    if (given.length === 0) return undefined;
+    const values = await Promise.all(given.map((t) => t.item()));
+    return values.reduce((a, b) => a + b, 0);
+  };
+  try {
+    const [loss, kl, ce, squared] = await Promise.all([sum(losses.map((l) => l.total)), sum(losses.map((l) => l.kl)), sum(losses.map((l) => l.ce)), norm.item()]);
+    return { loss: loss!, norm: Math.sqrt(squared), ...(kl === undefined ? {} : { kl }), ...(ce === undefined ? {} : { ce }) };
+  } finally {
+    for (const l of losses) for (const t of [l.total, l.kl, l.ce]) t?.dispose();
+    norm.dispose();
+  }
+}
+
+function notFinite(reading: Reading, values: { loss: number; norm: number }, checkpoint: string | undefined): TrainingError {
+  const what = Number.isFinite(values.loss) ? `the gradient norm is ${values.norm}` : `the loss is ${values.loss}`;
+  const advice = checkpoint === undefined ? 'no checkpoint was written yet' : `the last good checkpoint is ${checkpoint}`;
+  return new TrainingError(`step ${reading.step}: ${what}; training stopped and nothing was saved over: ${advice}. Lower the learning rate, warm up longer or clip`, {
+    code: 'ERR_NOT_FINITE',
+    op: 'train',
+    argument: Number.isFinite(values.loss) ? 'gradientNorm' : 'loss',
+    actual: String(Number.isFinite(values.loss) ? values.norm : values.loss),
+  });
+}
+
+function checkPinned(checkpoint: string, was: Readonly<Record<string, string>>, is: Readonly<Record<string, string>>): void {
+  for (const [field, value] of Object.entries(is)) {
+    if (was[field] === value) continue;
+    throw new ConfigError(
+      `${checkpoint}: was made with another ${field} than this run has; change the run back, give it another output folder, or set resume to false`,
+      { code: 'ERR_RESUME', op: 'resume', argument: field, expected: String(was[field]), actual: value },
+    );
+  }
+}

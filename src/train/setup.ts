@@ -1,0 +1,120 @@
+// From a run to its parts: engine, tokenizer, model configuration, data.
+import { createHash } from 'node:crypto';
+import { join } from 'node:path';
+import type { DatasetOptions } from '../data/dataset.ts';
+import { jsonl } from '../data/jsonl.ts';
+import { type Source, textFiles } from '../data/source.ts';
+import { tokenFile } from '../data/tokens.ts';
+import type { Gemma2Config } from '../models/gemma2.ts';
+import { type LanguageModel, modelConfig } from '../models/model.ts';
+import { ConfigError, DeviceError } from '../tensor/errors.ts';
+import { init, native, started } from '../tensor/engine.ts';
+import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
+import { trainTokenizer } from '../tokenizer/train.ts';
+import type { RunConfig } from './config.ts';
+
+/** Starts the engine as the run wants it, unless it runs already. */
+export function startEngine(run: RunConfig): void {
+  if (run.device !== 'cpu') {
+    throw new DeviceError(`${run.name}: device is '${run.device}'; this version computes on 'cpu' only`, {
+      code: 'ERR_DEVICE',
+      op: 'init',
+      argument: 'device',
+      expected: 'cpu',
+      actual: run.device,
+    });
+  }
+  if (!started()) {
+    init(run.threads === undefined ? {} : { threads: run.threads });
+  } else if (run.threads !== undefined && native().info().threads !== run.threads) {
+    throw new ConfigError(`${run.name}: threads is ${run.threads}, but the engine of this process runs with ${native().info().threads}; leave it out or start anew`, {
+      code: 'ERR_CONFIG',
+      op: 'init',
+      argument: 'threads',
+    });
+  }
+}
+
+/** Data by where it lies. Exactly one of the three is given. */
+interface DataPlace {
+  readonly text?: string | readonly string[] | undefined;
+  readonly jsonl?: string | readonly string[] | undefined;
+  readonly tokens?: string | readonly string[] | undefined;
+  readonly field?: string | undefined;
+  readonly strict?: boolean | undefined;
+}
+
+export function sourceOf({ text, jsonl: lines, tokens, field = 'text', strict = false }: DataPlace): Source {
+  if (text !== undefined) return textFiles(text);
+  return lines !== undefined ? jsonl(lines, { field, strict }) : tokenFile(tokens!);
+}
+
+/** What {@link openDataset} needs for a run. */
+export function datasetOptions(run: RunConfig, tokenizer: Tokenizer, signal?: AbortSignal): DatasetOptions {
+  const { validation } = run.data;
+  return {
+    train: sourceOf(run.data),
+    validation: typeof validation === 'object' && !('documents' in validation) ? sourceOf({ ...run.data, text: undefined, jsonl: undefined, tokens: undefined, ...validation }) : validation,
+    tokenizer,
+    length: run.batch.length,
+    batch: run.batch.sequences,
+    seed: run.seed,
+    isolate: run.data.isolate,
+    ...(signal === undefined ? {} : { signal }),
+  };
+}
+
+/** How much of the validation data is scored. */
+export function validationLimit(run: RunConfig): { batches?: number } {
+  return run.evaluate.batches === undefined ? {} : { batches: run.evaluate.batches };
+}
+
+/** The run's tokenizer: loaded, or trained on its text and saved in the output folder. */
+export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promise<Tokenizer> {
+  if (run.tokenizer === undefined) throw new ConfigError(`${run.name}: tokenizer is missing`, { code: 'ERR_CONFIG', argument: 'tokenizer' });
+  if (typeof run.tokenizer === 'string') return loadTokenizer(run.tokenizer);
+  const { vocabSize, specialTokens } = run.tokenizer.train;
+  const source = sourceOf(run.data);
+  if (source.kind !== 'text') {
+    throw new ConfigError(`${run.name}: a tokenizer cannot be trained on token ids; give the path of the one that made them`, {
+      code: 'ERR_CONFIG',
+      argument: 'tokenizer',
+    });
+  }
+  const tokenizer = await trainTokenizer(source, {
+    vocabSize,
+    ...(specialTokens === undefined ? {} : { specialTokens }),
+    ...(signal === undefined ? {} : { signal }),
+  });
+  await tokenizer.save(join(run.output, 'tokenizer'));
+  return tokenizer;
+}
+
+/** The configuration of the model to make; its vocabulary is the tokenizer's unless the run says otherwise. */
+export function runModelConfig(run: RunConfig, tokenizer: Tokenizer): Gemma2Config {
+  const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : run.model;
+  const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
+  const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });
+  if (config.vocabSize < tokenizer.vocabSize) {
+    throw new ConfigError(`${run.name}: model.vocabSize is ${config.vocabSize}, but the tokenizer has ${tokenizer.vocabSize} ids; give at least as many rows`, {
+      code: 'ERR_CONFIG',
+      argument: 'model.vocabSize',
+      expected: `at least ${tokenizer.vocabSize}`,
+      actual: String(config.vocabSize),
+    });
+  }
+  return config;
+}
+
+/** What a resumed run must share with its first part, as digests by field. */
+export function pinnedFacts(run: RunConfig, tokenizer: Tokenizer, model: LanguageModel): Record<string, string> {
+  const digest = (value: unknown): string => createHash('sha256').update(JSON.stringify(value)).digest('hex').slice(0, 16);
+  return {
+    kind: run.kind,
+    seed: String(run.seed),
+    model: digest(Object.entries(model.config).sort()),
+    tokenizer: tokenizer.fingerprint,
+    batch: digest(run.batch),
+    ...(run.kind === 'distill' ? { distill: digest(run.distill) } : {}),
+  };
+}
