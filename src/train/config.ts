@@ -73,6 +73,7 @@ const modelObject = z
     ropeBase: z.number().gt(1).optional().describe('Base of the rotary frequencies.'),
     normEps: positive().optional().describe('Added to the mean square inside RMSNorm.'),
     initStd: positive().optional().describe('Standard deviation of the initial weights.'),
+    context: count().optional().describe('Most tokens of a sequence; informative, for exported files.'),
   })
   .refine((model) => model.heads === undefined || model.kvHeads === undefined || model.heads % model.kvHeads === 0, {
     path: ['kvHeads'],

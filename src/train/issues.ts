@@ -233,7 +233,8 @@ function fields(schema: z.ZodType, input: unknown, path: string[] = []): string[
   });
 }
 
-function nearest(word: string, candidates: readonly string[]): string | undefined {
+/** The candidate that `word` was probably meant to be. */
+export function nearest(word: string, candidates: readonly string[]): string | undefined {
   const scored = candidates.map((candidate) => ({ candidate, distance: editDistance(plain(word), plain(candidate)) }));
   const best = scored.sort((a, b) => a.distance - b.distance)[0];
   return best && best.distance <= Math.max(1, Math.floor(best.candidate.length / 3)) ? best.candidate : undefined;

@@ -1,0 +1,66 @@
+// limbeck COMMAND: which command, its help, and the exit code
+
+import { runCommand } from 'citty';
+import { packageVersion } from '../tensor/native.ts';
+import { nearest } from '../train/issues.ts';
+import { bench } from './bench.ts';
+import { type Command, command, exitCode, reportError, UsageError, usage } from './command.ts';
+import { distill } from './distill.ts';
+import { doctor } from './doctor.ts';
+import { evaluate } from './evaluate.ts';
+import { generate } from './generate.ts';
+import { pretrain } from './pretrain.ts';
+import { report } from './report.ts';
+
+const commands: Readonly<Record<string, Command>> = { pretrain, distill, evaluate, generate, report, doctor, bench };
+
+const root = command({
+  meta: { name: 'limbeck', version: packageVersion(), description: 'Pretrain and distil language models.' },
+  subCommands: commands,
+  examples: `
+# can this machine train?
+limbeck doctor
+# train a teacher, then a student that learns from it
+limbeck pretrain teacher.ts
+limbeck distill student.ts
+# look at both, and let the student write
+limbeck report runs/teacher runs/student
+limbeck generate runs/student --prompt "Fellow citizens"
+`.trim(),
+});
+
+/** Runs a command line, says what went wrong, and returns the exit code. */
+export async function limbeck(rawArgs: readonly string[]): Promise<number> {
+  try {
+    return await dispatch(rawArgs);
+  } catch (error) {
+    return reportError(error, { debug: rawArgs.includes('--debug'), json: rawArgs.includes('--json') });
+  }
+}
+
+async function dispatch(rawArgs: readonly string[]): Promise<number> {
+  const [name, ...rest] = rawArgs;
+  if (name === undefined || name === '--help' || name === '-h' || name === 'help') {
+    const topic = name === 'help' && rest[0] !== undefined ? commands[rest[0]] : undefined;
+    process.stdout.write(topic ? usage(topic, root) : usage(root));
+    return name === undefined ? exitCode.usage : exitCode.ok;
+  }
+  if (name === '--version' || name === '-v') {
+    process.stdout.write(`${packageVersion()}\n`);
+    return exitCode.ok;
+  }
+  const chosen = Object.hasOwn(commands, name) ? commands[name] : undefined;
+  if (!chosen) {
+    const meant = nearest(name, Object.keys(commands));
+    throw new UsageError(
+      `unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(commands).join(', ')}`}`,
+    );
+  }
+  const end = rest.indexOf('--');
+  if ((end < 0 ? rest : rest.slice(0, end)).some((argument) => argument === '--help' || argument === '-h')) {
+    process.stdout.write(usage(chosen, root));
+    return exitCode.ok;
+  }
+  await runCommand(chosen, { rawArgs: rest });
+  return exitCode.ok;
+}

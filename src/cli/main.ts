@@ -1,0 +1,13 @@
+#!/usr/bin/env node
+// The executable.
+
+import { exitCode } from './command.ts';
+import { limbeck } from './limbeck.ts';
+
+// The reader of a pipe may go away (| head): that is no fault of ours.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error;
+  process.exit(exitCode.ok);
+});
+
+process.exitCode = await limbeck(process.argv.slice(2));
