@@ -110,6 +110,18 @@ napi_value start(napi_env env, napi_callback_info info) {
   });
 }
 
+// stop(): waits for the kernel that runs, drops the rest and every tensor. Pending reads must have settled.
+napi_value stop(napi_env env, napi_callback_info) {
+  return guard(env, [&]() -> napi_value {
+    Instance& me = instance_of(env);
+    if (me.pending > 0) throw Error(ErrorKind::config, "ERR_BUSY", "shutdown: reads are pending; await them first");
+    me.engine.reset();
+    if (me.io_ref) napi_delete_reference(env, me.io_ref);
+    me.io_ref = nullptr;
+    return nullptr;
+  });
+}
+
 // define(signature) -> { id, arguments, inputs, outputs, aliases }
 Napi::Value define(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
@@ -406,6 +418,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 
   exports.Set("abi", kAbi);
   set_raw(env, exports, "start", start);
+  set_raw(env, exports, "stop", stop);
   exports.Set("define", Napi::Function::New(env, define));
   set_raw(env, exports, "call", call);
   set_raw(env, exports, "create", create);

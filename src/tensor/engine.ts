@@ -49,6 +49,25 @@ export function native(): NativeAddon {
   return addon!;
 }
 
+/** Counts engines of this thread: what was defined in one is unknown to the next. @internal */
+export let engineNumber = 0;
+
+/**
+ * Stops the engine of this thread and frees every tensor in it; the next tensor starts a new one. For tests and for changing
+ * options of {@link init}.
+ * @throws ConfigError `ERR_BUSY` while reads are pending.
+ */
+export function shutdown(): void {
+  if (addon === undefined) return;
+  try {
+    addon.stop();
+  } catch (error) {
+    throw typed(error);
+  }
+  addon = undefined;
+  engineNumber++;
+}
+
 /** Whether the engine of this thread was started. */
 export function started(): boolean {
   return addon !== undefined;

@@ -1,6 +1,6 @@
 // A kernel by its signature, and the one place that calls kernels.
 import { dtypes } from './dtype.ts';
-import { io, native, outputSlots, typed } from './engine.ts';
+import { engineNumber, io, native, outputSlots, typed } from './engine.ts';
 import type { OpDefinition } from './native.ts';
 import { handleOf, type Tensor } from './tensor.ts';
 
@@ -13,12 +13,14 @@ export interface Kernel {
 /** Declares a kernel; nothing native happens before it is called. */
 export function kernel(text: string): Kernel {
   let info: OpDefinition | undefined;
+  let definedIn = -1;
   return {
     text,
     info() {
-      if (info === undefined) {
+      if (info === undefined || definedIn !== engineNumber) {
         try {
           info = native().define(text);
+          definedIn = engineNumber;
         } catch (error) {
           throw typed(error);
         }

@@ -32,6 +32,7 @@ export interface TensorDefinition {
 export interface NativeAddon {
   readonly abi: number;
   start(io: Float64Array, threads: number, memoryLimit: number, isa: string): void;
+  stop(): void;
   define(signature: string): OpDefinition;
   call(op: number): void;
   create(dtype: number, rank: number): Handle;

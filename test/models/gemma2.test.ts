@@ -1,0 +1,221 @@
+import { readFile } from 'node:fs/promises';
+import { afterEach, describe, expect, test } from 'vitest';
+import { openSafetensors } from '../../src/io/safetensors.ts';
+import { type Gemma2Config, gemma2Presets, gemma2Spec } from '../../src/models/gemma2.ts';
+import { createModel, type LanguageModel, loadWeights } from '../../src/models/model.ts';
+import { countParameters } from '../../src/nn/parameters.ts';
+import { softcap } from '../../src/ops/elementwise.ts';
+import { linear } from '../../src/ops/linear.ts';
+import { linearCrossEntropy } from '../../src/ops/loss.ts';
+import { reshape } from '../../src/ops/reshape.ts';
+import { init, memory, shutdown } from '../../src/tensor/engine.ts';
+import { keep, scope } from '../../src/tensor/scope.ts';
+import { noGrad, valueAndGrad } from '../../src/tensor/tape.ts';
+import { readAs, type Tensor, tensor } from '../../src/tensor/tensor.ts';
+
+const folder = new URL('../golden/gemma2/', import.meta.url).pathname;
+
+async function expected(): Promise<Map<string, { shape: readonly number[]; data: Float32Array }>> {
+  const file = await openSafetensors(`${folder}expected.safetensors`);
+  const all = new Map<string, { shape: readonly number[]; data: Float32Array }>();
+  for (const [name, { shape }] of file.tensors) all.set(name, { shape, data: Float32Array.from(await file.read(name), Number) });
+  await file.close();
+  return all;
+}
+
+/** Logits [B T V] of ids [B T]. */
+function logits(model: LanguageModel, ids: Int32Array, shape: readonly number[], positions?: Int32Array, starts?: Int32Array): Tensor {
+  const [b = 1, t = 1] = shape;
+  const place = positions ?? Int32Array.from(ids, (_, i) => i % t);
+  return scope(() =>
+    noGrad(() => {
+      const input = { ids: tensor(ids, shape), positions: tensor(place, shape), ...(starts === undefined ? {} : { starts: tensor(starts, shape) }) };
+      const z = linear(model.hidden(input), model.head);
+      return reshape(model.config.finalCap === null ? z : softcap(z, model.config.finalCap), [b, t, -1]);
+    }),
+  );
+}
+
+function largest(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let most = 0;
+  for (let i = 0; i < a.length; i++) most = Math.max(most, Math.abs(a[i]! - b[i]!));
+  return most;
+}
+
+/** |a - b| / |b| in the Euclidean norm. */
+function relative(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let difference = 0;
+  let norm = 0;
+  for (let i = 0; i < a.length; i++) {
+    difference += (a[i]! - b[i]!) ** 2;
+    norm += b[i]! ** 2;
+  }
+  return Math.sqrt(difference / norm);
+}
+
+/** Mean next-token cross-entropy of ids [B T]. */
+function meanLoss(model: LanguageModel, ids: Int32Array, shape: readonly number[], recompute = false): Tensor {
+  const [b = 1, t = 1] = shape;
+  const last = (i: number): boolean => i % t === t - 1;
+  const targets = ids.map((_, i) => (last(i) ? -100 : ids[i + 1]!));
+  const weights = Float32Array.from(ids, (_, i) => (last(i) ? 0 : 1 / (b * (t - 1))));
+  const input = { ids: tensor(ids, shape), positions: tensor(Int32Array.from(ids, (_, i) => i % t), shape) };
+  const hidden = model.hidden(input, { recompute });
+  return linearCrossEntropy(reshape(hidden, [-1, model.config.width]), model.head, tensor(targets), {
+    weights: tensor(weights),
+    cap: model.config.finalCap,
+  }).total;
+}
+
+describe('parameter counts are those of the report', () => {
+  test.each([
+    ['gemma2-2b', 590_118_912, 2_024_517_888],
+    ['gemma2-9b', 917_962_752, 8_324_201_984],
+    ['gemma2-27b', 1_180_237_824, 26_047_480_320],
+  ] as const)('%s: %d + %d', (name, embedding, rest) => {
+    const spec = gemma2Spec(gemma2Presets[name]);
+    expect(countParameters(spec.embed)).toBe(embedding);
+    expect(countParameters(spec)).toBe(embedding + rest);
+  });
+});
+
+describe('against Transformers, float32', () => {
+  afterEach(() => expect(memory().tensors).toBe(0));
+
+  test('logits within 1e-4', async () => {
+    const want = await expected();
+    const model = await loadWeights(folder);
+    const ids = want.get('input_ids')!;
+    const z = logits(model, Int32Array.from(ids.data), ids.shape);
+    expect(largest(await readAs(z, 'f32'), want.get('logits')!.data)).toBeLessThan(1e-4);
+    z.dispose();
+    model.dispose();
+  });
+
+  test('two documents in one row equal two rows', async () => {
+    const want = await expected();
+    const model = await loadWeights(folder);
+    const ids = want.get('packed.input_ids')!;
+    const positions = Int32Array.from(want.get('packed.position_ids')!.data);
+    const starts = positions.map((p, i) => i - p);
+    const z = logits(model, Int32Array.from(ids.data), ids.shape, positions, starts);
+    expect(largest(await readAs(z, 'f32'), want.get('packed.logits')!.data)).toBeLessThan(1e-4);
+    z.dispose();
+    model.dispose();
+  });
+
+  test('loss within 1e-5 and every gradient within 1e-4 of its norm', async () => {
+    const want = await expected();
+    const model = await loadWeights(folder, { trainable: true });
+    const ids = want.get('input_ids')!;
+    const loss = valueAndGrad(() => meanLoss(model, Int32Array.from(ids.data), ids.shape));
+    expect(Math.abs((await loss.item()) - want.get('loss')!.data[0]!)).toBeLessThan(1e-5);
+    loss.dispose();
+    for (const { name, tensor: t } of model.parameters.list) {
+      const gradient = want.get(`grad.${name}`)!.data;
+      expect(relative(await readAs(t.grad!, 'f32'), gradient), name).toBeLessThan(1e-4);
+    }
+    model.dispose();
+  });
+});
+
+const small: Gemma2Config = {
+  vocabSize: 61,
+  width: 20,
+  layers: 2,
+  heads: 4,
+  kvHeads: 2,
+  headSize: 6,
+  hidden: 28,
+  window: 3,
+  attentionCap: 1.5,
+  finalCap: 2,
+  queryScalar: 4,
+  ropeBase: 100,
+  normEps: 1e-6,
+  initStd: 0.3,
+  context: 64,
+};
+const shape = [2, 9] as const;
+const someIds = Int32Array.from({ length: 18 }, (_, i) => (i * 23 + 5) % 61);
+
+/** Gradients of all parameters, flat. */
+async function gradientOf(options: { recompute?: boolean; threads?: number }): Promise<Float32Array> {
+  if (options.threads !== undefined) {
+    shutdown();
+    init({ threads: options.threads });
+  }
+  const model = createModel(small, { seed: 7 });
+  valueAndGrad(() => meanLoss(model, someIds, shape, options.recompute)).dispose();
+  const flat = await readAs(model.parameters.gradients!, 'f32');
+  model.dispose();
+  return flat;
+}
+
+test('the gradient of the whole model is its finite difference', async () => {
+  const model = createModel(small, { seed: 3 });
+  valueAndGrad(() => meanLoss(model, someIds, shape)).dispose();
+  const gradient = await readAs(model.parameters.gradients!, 'f32');
+  const values = await readAs(model.parameters.values, 'f32');
+  const at = async (moved: Float32Array): Promise<number> => {
+    const { write } = await import('../../src/tensor/tensor.ts');
+    write(model.parameters.values, moved);
+    const loss = scope(() => noGrad(() => meanLoss(model, someIds, shape)));
+    const value = await loss.item();
+    loss.dispose();
+    return value;
+  };
+  // Along random directions, so that every parameter takes part.
+  for (let d = 0; d < 6; d++) {
+    const direction = values.map((_, i) => Math.sin(1 + i * (d + 1) * 1.618));
+    const h = 2e-3;
+    const plus = await at(values.map((v, i) => v + h * direction[i]!));
+    const minus = await at(values.map((v, i) => v - h * direction[i]!));
+    const slope = gradient.reduce((sum, g, i) => sum + g * direction[i]!, 0);
+    expect((plus - minus) / (2 * h)).toBeCloseTo(slope, 2);
+  }
+  model.dispose();
+});
+
+test('recompute gives the same bits', async () => {
+  expect(await gradientOf({ recompute: true })).toEqual(await gradientOf({ recompute: false }));
+});
+
+test('one, two and three threads give the same bits', async () => {
+  const one = await gradientOf({ threads: 1 });
+  expect(await gradientOf({ threads: 2 })).toEqual(one);
+  expect(await gradientOf({ threads: 3 })).toEqual(one);
+});
+
+test('a longer context with a cache gives the logits of the whole text', async () => {
+  const { createCache } = await import('../../src/models/cache.ts');
+  const model = createModel(small, { seed: 5, trainable: false });
+  const ids = someIds.subarray(0, 9);
+  const whole = logits(model, ids, [1, 9]);
+  const want = await readAs(whole, 'f32');
+  whole.dispose();
+  const cache = createCache(small.layers, 9, small.kvHeads, small.headSize);
+  for (const [from, to] of [[0, 4], [4, 5], [5, 9]] as const) {
+    const z = scope(() =>
+      noGrad(() => {
+        const input = {
+          ids: tensor(ids.slice(from, to), [1, to - from]),
+          positions: tensor(Int32Array.from({ length: to - from }, (_, i) => from + i), [1, to - from]),
+          cache,
+        };
+        return softcap(linear(model.hidden(input), model.head), small.finalCap!);
+      }),
+    );
+    cache.length = to;
+    expect(largest(await readAs(z, 'f32'), want.subarray(from * 61, to * 61))).toBeLessThan(1e-5);
+    z.dispose();
+  }
+  cache.dispose();
+  model.dispose();
+});
+
+test('an adamw training follows torch step by step', async () => {
+  const runs = JSON.parse(await readFile(`${folder}training.json`, 'utf8')) as unknown;
+  expect(Array.isArray(runs)).toBe(true);
+  keep(undefined);
+});
