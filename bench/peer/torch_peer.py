@@ -1,14 +1,15 @@
 """The peer of bench:peer: PyTorch + Transformers, one process per case, driven by JSON lines.
 
     {"cmd": "versions"}                                         -> {"torch": ..., "transformers": ..., "numpy": ..., "blas": ...}
-    {"cmd": "init", "mode": "eager" | "compile", "task": "train" | "distill", "student": CONFIG, "teacher": CONFIG,
-     "studentWeights": FILE, "teacherWeights": FILE, "ids": [B][T], "threads": n, "learningRate": x, ...}  -> {"ready": true}
+    {"cmd": "init", "mode": "eager" | "compile", "task": "train" | "distill", "student": FOLDER, "teacher": FOLDER,
+     "ids": [B][T], "threads": n, "learningRate": x, "betas": [x, x], "eps": x, "weightDecay": x}  -> {"ready": true}
     {"cmd": "run", "steps": n}                                  -> {"seconds": s, "loss": of the last step, "peak_rss_bytes": b}
     {"cmd": "reset_peak"}                                       -> {"reset": true | false}
-    {"cmd": "gemm", "library": "torch" | "numpy", "m", "n", "k", "layout": "nt" | "nn" | "tn", "seconds": s}  -> {"seconds": per product}
+    {"cmd": "gemm", "library": "torch" | "numpy", "m", "n", "k", "layout": "nt" | "nn" | "tn",
+     "threads": n, "seconds": to measure}                       -> {"seconds": of one product, "runs": n}
     {"cmd": "exit"}
 
-CONFIG is what transformers.Gemma2Config takes. Between commands the process waits for input and does nothing.
+Between commands the process waits for input and does nothing.
 Needs Python with torch 2.13 and transformers 5.18.
 """
 
@@ -59,16 +60,11 @@ def versions():
     }
 
 
-def load(config, weights):
+def load(folder, attention="eager"):
     import torch
-    from safetensors.torch import load_file
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import Gemma2ForCausalLM
 
-    # Eager attention is the one that applies the soft-cap and has a backward on the CPU.
-    model = Gemma2ForCausalLM._from_config(Gemma2Config(**config), attn_implementation="eager", dtype=torch.float32)
-    model.load_state_dict({**load_file(weights)}, strict=False)
-    model.tie_weights()
-    return model.train()
+    return Gemma2ForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
 
 
 def init(message):
@@ -78,14 +74,18 @@ def init(message):
 
     torch.set_num_threads(message["threads"])
     torch.manual_seed(0)
-    student = load(message["student"], message["studentWeights"])
+    # Eager attention is the only one with soft-caps and a backward on the CPU.
+    student = load(message["student"]).train()
     ids = torch.tensor(message["ids"])
+    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": message["weightDecay"]},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
         lr=message["learningRate"],
         betas=tuple(message["betas"]),
         eps=message["eps"],
-        weight_decay=message["weightDecay"],
         fused=True,
     )
 
@@ -95,7 +95,9 @@ def init(message):
             return student(input_ids=ids, labels=ids, use_cache=False).loss
 
     else:
-        teacher = load(message["teacher"], message["teacherWeights"]).eval().requires_grad_(False)
+        # Where no gradient is needed and everything is compiled, FlexAttention works on the CPU too, and is faster.
+        attention = "flex_attention" if message["mode"] == "compile" else "eager"
+        teacher = load(message["teacher"], attention).eval().requires_grad_(False)
 
         def loss_of(ids):
             with torch.no_grad():
