@@ -17,7 +17,7 @@ import {
   gemma2Spec,
   type ModelInput,
 } from './gemma2.ts';
-import { fromTransformers, toTransformers } from './transformers.ts';
+import { fromTransformers, transformersText } from './transformers.ts';
 
 /** A decoder-only language model. */
 export interface LanguageModel {
@@ -73,7 +73,7 @@ const files = { config: 'config.json', weights: 'model.safetensors' } as const;
 /** Writes config.json, model.safetensors and the tokenizer into a folder, each beside and renamed. Transformers loads it. */
 export async function saveModel(folder: string, model: LanguageModel, tokenizer?: Tokenizer): Promise<void> {
   await mkdir(folder, { recursive: true });
-  const config = `${JSON.stringify(toTransformers(model.config, tokenizer), null, 2)}\n`;
+  const config = transformersText(model.config, tokenizer);
   await writeAtomic(join(folder, files.config), async (file) => {
     await file.write(config);
   });

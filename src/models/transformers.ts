@@ -36,6 +36,14 @@ export function toTransformers(c: Gemma2Config, tokenizer?: Tokenizer): Record<s
   };
 }
 
+/** {@link toTransformers} as the text of a config.json, where a float keeps its point: Transformers refuses a cap of 30, it wants 30.0. */
+export function transformersText(c: Gemma2Config, tokenizer?: Tokenizer): string {
+  const text = JSON.stringify(toTransformers(c, tokenizer), null, 2);
+  const whole =
+    /("(?:attn_logit_softcapping|final_logit_softcapping|rope_theta|rms_norm_eps|initializer_range|attention_dropout)": \d+)(?=[,\n])/g;
+  return `${text.replace(whole, '$1.0')}\n`;
+}
+
 /**
  * Reads a config.json.
  * @param where the file, for errors
@@ -67,10 +75,12 @@ export function fromTransformers(json: unknown, where: string): Gemma2Config {
   const types = j['layer_types'];
   if (Array.isArray(types)) {
     const wrong = types.findIndex((t, i) => t !== (i % 2 === 0 ? 'sliding_attention' : 'full_attention'));
-    if (wrong >= 0 || types.length !== layers) refuse('layer_types', 'sliding_attention and full_attention in turn, one a layer', types);
+    if (wrong >= 0 || types.length !== layers)
+      refuse('layer_types', 'sliding_attention and full_attention in turn, one a layer', types);
   }
   const rope = (j['rope_parameters'] ?? {}) as Record<string, unknown>;
-  if (rope['rope_type'] !== undefined && rope['rope_type'] !== 'default') refuse('rope_parameters.rope_type', '"default"', rope['rope_type']);
+  if (rope['rope_type'] !== undefined && rope['rope_type'] !== 'default')
+    refuse('rope_parameters.rope_type', '"default"', rope['rope_type']);
   const config: Gemma2Config = {
     vocabSize: number('vocab_size'),
     width: number('hidden_size'),
