@@ -19,7 +19,7 @@ export function holdOut(held: Held, documents: number, seed: number): Uint32Arra
   const block = new Uint32Array(4);
   const hash = (document: number) => randomBlock(seed, splitStream, document, block)[0]!;
   const wanted = typeof held === 'number' ? held * documents : held.documents;
-  if (!(wanted > 0) || wanted >= documents || (typeof held !== 'number' && !Number.isInteger(wanted))) {
+  if (!(wanted > 0) || wanted >= documents || documents < 2 || (typeof held !== 'number' && !Number.isInteger(wanted))) {
     throw refuse(wanted, documents, held);
   }
   const order = Uint32Array.from({ length: documents }, (_, i) => i);

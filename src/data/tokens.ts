@@ -168,7 +168,7 @@ export async function writeTokens(
         checkRange(ids, vocabSize, path, tokens);
         const exact = wide ? Uint32Array : Uint16Array;
         for (let from = 0; from < ids.length; from += chunkIds)
-          await writeAll(file, exact.from(ids.subarray(from, from + chunkIds)));
+          await writeAll(file, new exact(ids.subarray(from, from + chunkIds)));
         tokens += ids.length;
       },
       endDocument: () => ends.push(tokens),

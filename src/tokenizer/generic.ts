@@ -19,7 +19,8 @@ export function genericTokenizer(file: TokenizerFile): Tokenizer {
   const encode = (text: string | Uint8Array, special: boolean): Int32Array => {
     const string = typeof text === 'string' ? text : new TextDecoder('utf-8', { ignoreBOM: true }).decode(text);
     if (!special) plain ??= build(file, { ...file.json, added_tokens: file.added.length === 0 ? [] : ordinary(file) });
-    const { ids, tokens } = (special ? pipeline : plain!).encode(string, { add_special_tokens: false });
+    const run = special ? pipeline : plain!;
+    const { ids, tokens } = guarded(file, () => run.encode(string, { add_special_tokens: false }));
     for (const [i, id] of (ids as (number | undefined)[]).entries()) {
       if (id === undefined) {
         throw new DataError(
@@ -37,7 +38,8 @@ export function genericTokenizer(file: TokenizerFile): Tokenizer {
 
   const decode = (ids: ArrayLike<number>, skipSpecial: boolean): string => {
     if (ids.length === 0) return '';
-    return pipeline.decode(Array.from(ids), { skip_special_tokens: skipSpecial, clean_up_tokenization_spaces: false });
+    const options = { skip_special_tokens: skipSpecial, clean_up_tokenization_spaces: false };
+    return guarded(file, () => pipeline.decode(Array.from(ids), options));
   };
 
   return {
@@ -98,10 +100,17 @@ function ordinary(file: TokenizerFile): unknown[] {
 }
 
 function build(file: TokenizerFile, json: object): Pipeline {
-  try {
+  return guarded(file, () => {
     // The reader insists on these entries, though null is their usual value.
     const complete = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null, added_tokens: [], ...json };
     return new Pipeline(complete, { ...file.config, clean_up_tokenization_spaces: false });
+  });
+}
+
+/** The reader finds some mistakes of a file only when it meets a text. */
+function guarded<T>(file: TokenizerFile, run: () => T): T {
+  try {
+    return run();
   } catch (error) {
     throw new FormatError(`loadTokenizer: ${file.where} cannot be used: ${(error as Error).message}`, {
       code: 'ERR_TOKENIZER',
