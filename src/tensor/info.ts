@@ -1,6 +1,7 @@
 // What limbeck runs on.
 import { availableParallelism, cpus, freemem, totalmem } from 'node:os';
-import { libc, loadNative, nativePath, packageVersion } from './native.ts';
+import { libc, loadNative, nativePath } from './native.ts';
+import { packageVersion } from './version.ts';
 
 /** The machine, the build and the backends, as `limbeck doctor` shows them. */
 export interface BackendInfo {

@@ -1,9 +1,9 @@
 // The only file that loads the addon.
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join, resolve } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { DeviceError } from './errors.ts';
+import { packageVersion, packageRoot as root } from './version.ts';
 
 /** Twin of kAbi in native/binding/addon.cpp: raised when the meaning of a function or of the shared array changes. */
 export const abi = 1;
@@ -48,13 +48,6 @@ export interface NativeAddon {
   profiled(): { op: string; count: number; seconds: number }[];
   /** `isa` and `threads` are those of the running engine, or those it would start with. */
   info(): { compiled: string[]; isa?: string; threads?: number; blas: string; compiler: string };
-}
-
-const root = resolve(fileURLToPath(import.meta.url), '../../..');
-
-/** This package's version. */
-export function packageVersion(): string {
-  return (JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { version: string }).version;
 }
 
 /** The C library of this process on Linux, such as `glibc 2.36` or `musl`; empty elsewhere. */

@@ -6,7 +6,7 @@ import { availableParallelism, cpus, totalmem } from 'node:os';
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
 import { FileError } from '../tensor/errors.ts';
-import { packageVersion } from '../tensor/native.ts';
+import { packageVersion } from '../tensor/version.ts';
 import type { RunConfig } from './config.ts';
 import type { Evaluation, SampleEvent, StartEvent, StepEvent, TrainEvent } from './events.ts';
 import { bytes, count, duration, significant } from './format.ts';

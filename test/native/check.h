@@ -32,13 +32,15 @@ inline bool failed = false;
   static const check::Register register_##name{#name, name}; \
   static void name()
 
-// Both go on after a failure.
-#define CHECK(condition)                                                              \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      check::failed = true;                                                           \
-      std::printf("  %s:%d: %s is false\n", __FILE__, __LINE__, #condition);          \
-    }                                                                                 \
+// Both go on after a failure. CHECK may be followed by a printf format that tells more.
+#define CHECK(condition, ...)                                                \
+  do {                                                                       \
+    if (!(condition)) {                                                      \
+      check::failed = true;                                                  \
+      std::printf("  %s:%d: %s is false", __FILE__, __LINE__, #condition);   \
+      __VA_OPT__(std::printf(": " __VA_ARGS__);)                             \
+      std::printf("\n");                                                    \
+    }                                                                        \
   } while (0)
 
 #define CHECK_NEAR(actual, expected, tolerance)                                                                        \

@@ -1,5 +1,4 @@
-// Matrix products and the thread pool against float64 loops. Built once for each instruction set, with native/core/threads.cpp,
-// native/cpu/gemm.cpp and the same flags; prints the failures and exits with 1 if there are any.
+// Matrix products and the thread pool against float64 loops.
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -11,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "core/threads.h"
 #include "cpu/gate.h"
 #include "cpu/gemm.h"
@@ -18,17 +18,6 @@
 
 using namespace limbeck;
 using namespace limbeck::cpu::LIMBECK_ISA;
-
-static int failures = 0;
-#define CHECK(ok, ...)                                    \
-  do {                                                    \
-    if (!(ok)) {                                          \
-      ++failures;                                         \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #ok); \
-      std::printf(__VA_ARGS__);                           \
-      std::printf("\n");                                  \
-    }                                                     \
-  } while (0)
 
 static std::mt19937 rng(7);
 static float uniform() { return std::uniform_real_distribution<float>(-1.f, 1.f)(rng); }
@@ -165,7 +154,7 @@ static void check_product(int64_t m, int64_t n, int64_t k, bool at, bool bt, DTy
   CHECK(worst < (gate >= 0 ? 1e-6 : 4e-7), "%s: error %g", what.c_str(), worst);
 }
 
-static void test_products() {
+TEST(products) {
   const int64_t sizes[] = {0, 1, 2, 3, 5, 6, 7, 8, 13, 14, 15, 16, 17, 31, 32, 33, 47, 64, 65, 97, 128, 129, 168, 169, 256, 257};
   constexpr int count = sizeof sizes / sizeof *sizes;
   for (int t = 0; t < 600; ++t) {
@@ -193,7 +182,7 @@ static void test_products() {
   }
 }
 
-static void test_pool() {
+TEST(pool) {
   for (const int threads : {1, 2, 3, 5}) {
     ThreadPool pool(threads);
     CHECK(pool.size() == threads, "size %d", pool.size());
@@ -247,11 +236,4 @@ static void test_pool() {
     ThreadPool pool(3);
     if (i % 2) pool.parallel(i, [](int64_t, int) {});
   }
-}
-
-int main() {
-  test_pool();
-  test_products();
-  std::printf(failures ? "%d failures\n" : "all passed\n", failures);
-  return failures != 0;
 }
