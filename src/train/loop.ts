@@ -158,6 +158,13 @@ export async function* trainingLoop(parts: TrainingParts, options: LoopOptions =
       return { type: 'checkpoint', step, path, seconds: (performance.now() - from) / 1000, bytes };
     };
 
+    const evaluate = async function* (): AsyncGenerator<TrainEvent> {
+      const from = performance.now();
+      evaluation = await parts.evaluate();
+      yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000 };
+      yield* samples(parts, step);
+    };
+
     let ahead: Reading | undefined;
     while (step < steps && !options.signal?.aborted) {
       const before = ahead;
@@ -168,17 +175,14 @@ export async function* trainingLoop(parts: TrainingParts, options: LoopOptions =
       if (!evaluates && !saves) continue;
       yield* report(ahead);
       ahead = undefined;
-      if (evaluates) {
-        const from = performance.now();
-        evaluation = await parts.evaluate();
-        yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000 };
-        yield* samples(parts, step);
-      }
+      if (evaluates) yield* evaluate();
       if (saves) yield await save();
       last = performance.now();
     }
     if (ahead !== undefined) yield* report(ahead);
     const aborted = step < steps;
+    // A run that had nothing left to do still tells how good its model is.
+    if (!aborted && evaluation === undefined) yield* evaluate();
     if (step > first && saved?.step !== step) yield await save();
     yield {
       type: 'done',
