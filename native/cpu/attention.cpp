@@ -16,6 +16,7 @@ constexpr int NR = 2 * W;
 constexpr int BQ = W == 16 ? 64 : 48;  // rows of a block: a multiple of MR and NR
 constexpr int KF = 96;                 // keys of a chunk, forward and backward: multiples of MR
 constexpr int KB = 48;
+constexpr int kTasks = 16;             // enough tasks to keep some threads busy
 constexpr int kDecodeKeys = 256;  // keys of one task when a single position attends
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
@@ -31,40 +32,56 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 LIMBECK_INLINE Vec at_least(Vec x, float bound) { return splat(bound) > x ? splat(bound) : x; }
 LIMBECK_INLINE Vec at_most(Vec x, float bound) { return splat(bound) < x ? splat(bound) : x; }
 
+// Several vectors that go through the same steps: one alone would wait for each result.
+template <int N>
+struct Vecs {
+  Vec v[N];
+};
+template <int N, class Step>
+LIMBECK_INLINE Vecs<N> each(Step step) {
+  Vecs<N> y;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) y.v[i] = step(i);
+  return y;
+}
+// Horner's rule, all vectors a step at a time. Coefficients from the highest power.
+template <int N, class... Rest>
+LIMBECK_INLINE Vecs<N> horner(const Vecs<N>& x, float first, float second, Rest... rest) {
+  Vecs<N> y = each<N>([&](int i) { return x.v[i] * first + second; });
+  ((y = each<N>([&](int i) { return y.v[i] * x.v[i] + rest; })), ...);
+  return y;
+}
+
 // tanh as in simd.h, without its last select: the clamps keep NaN.
-LIMBECK_INLINE Vec soft(Vec x) {
-  x = at_most(at_least(x, -7.90531110763549805f), 7.90531110763549805f);
-  const Vec x2 = x * x;
-  Vec p = x2 * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  p = p * x2 + -8.60467152213735e-11f;
-  p = p * x2 + 5.12229709037114e-08f;
-  p = p * x2 + 1.48572235717979e-05f;
-  p = p * x2 + 6.37261928875436e-04f;
-  p = p * x2 + 4.89352455891786e-03f;
-  Vec q = x2 * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  q = q * x2 + 2.26843463243900e-03f;
-  q = q * x2 + 4.89352518554385e-03f;
-  return x * p / q;
+template <int N>
+LIMBECK_INLINE Vecs<N> soft(Vecs<N> x) {
+  x = each<N>([&](int i) { return at_most(at_least(x.v[i], -7.90531110763549805f), 7.90531110763549805f); });
+  const Vecs<N> x2 = each<N>([&](int i) { return x.v[i] * x.v[i]; });
+  const Vecs<N> p = horner(x2, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f);
+  const Vecs<N> q = horner(x2, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
+  return each<N>([&](int i) { return x.v[i] * p.v[i] / q.v[i]; });
 }
 
 // 2^(x f) for |x f| <= 126. The product is never rounded: it is reduced by fused multiply-add.
-LIMBECK_INLINE Vec exp2_of(Vec x, Vec f) {
-  const Vec magic = splat(12582912.f);
-  const Vec t = x * f + magic;
-  const Vec n = t - magic;
-  const Vec r = x * f - n;
-  Vec p = r * 1.33952902e-3f + 9.61846397e-3f;
-  p = p * r + 5.55036029e-2f;
-  p = p * r + 2.40226486e-1f;
-  p = p * r + 6.93147182e-1f;
-  p = p * r + 1.f;
-  return p * (Vec)(((UVec)t << 23) + 0x3f800000u);
+template <int N>
+LIMBECK_INLINE Vecs<N> exp2_of(const Vecs<N>& x, Vec f) {
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
+  const Vecs<N> t = each<N>([&](int i) { return x.v[i] * f + magic; });
+  const Vecs<N> r = each<N>([&](int i) { return x.v[i] * f - (t.v[i] - magic); });
+  const Vecs<N> p = horner(r, 1.32647e-3f, 9.67151e-3f, 5.550734e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f);
+  return each<N>([&](int i) { return p.v[i] * (Vec)(((UVec)t.v[i] << 23) + 0x3f800000u); });
 }
 // 2^x for x <= 126; 0 below -126.
-LIMBECK_INLINE Vec exp2_down(Vec x) {
-  const Vec y = exp2_of(at_least(x, -126.f), splat(1.f));
-  return x < -126.f ? Vec{} : y;
+template <int N>
+LIMBECK_INLINE Vecs<N> exp2_down(const Vecs<N>& x) {
+  const Vecs<N> y = exp2_of(each<N>([&](int i) { return at_least(x.v[i], -126.f); }), splat(1.f));
+  return each<N>([&](int i) { return x.v[i] < -126.f ? Vec{} : y.v[i]; });
 }
+LIMBECK_INLINE Vec exp2_down(Vec x) { return exp2_down(Vecs<1>{{x}}).v[0]; }
+
+// The first n elements, where n may be anything; the others are zero.
+LIMBECK_INLINE Vec load_some(const float* p, int64_t n) { return n >= W ? load(p) : load_part(p, n); }
 
 struct Problem {
   const float *q, *k, *v;
@@ -78,13 +95,10 @@ struct Problem {
   float q_factor() const { return capped ? scale / cap : scale * kLog2e; }
   int64_t chunks(int64_t keys) const { return ceil_div(s, keys); }
   int64_t packed(int64_t lines) const { return lines * panels * NR; }  // floats of `lines` lines in panels
-  int64_t row_offset(int64_t batch, int64_t head, int64_t row) const {
-    return ((batch * t + row / group) * h + head * group + row % group) * d;
-  }
-  int64_t key_offset(int64_t batch, int64_t head, int64_t key) const { return ((batch * s + key) * g + head) * d; }
-  int64_t lse_offset(int64_t batch, int64_t head, int64_t row) const {
-    return (batch * h + head * group + row % group) * t + row / group;
-  }
+  // Where a key of a (batch, key/value head) pair is.
+  int64_t key_offset(int64_t pair, int64_t key) const { return ((pair / g * s + key) * g + pair % g) * d; }
+  // With many pairs each is one task, and what it packs stays in the cache of its thread. With few, they are split.
+  bool whole_pairs() const { return b * g >= kTasks; }
 };
 
 // q, k, v, starts stand at in[first..]; scalars are scale, cap, window.
@@ -157,17 +171,27 @@ void check(const Call& call, const Problem& p, bool square) {
 struct Rows {
   alignas(64) int32_t lo[BQ];
   alignas(64) int32_t hi[BQ];
-  int64_t first, count;
+  int64_t count;
+  int64_t offset[BQ];  // of the row in q, y
+  int64_t lse[BQ];     // and in lse
 
-  Rows(const Problem& p, int64_t batch, int64_t block) : first(block * BQ), count(least(BQ, p.rows - block * BQ)) {
+  Rows(const Problem& p, int64_t pair, int64_t block) : count(least(BQ, p.rows - block * BQ)) {
+    const int64_t batch = pair / p.g, head = pair % p.g;
+    int64_t local = block * BQ / p.group, member = block * BQ % p.group;
     for (int64_t i = 0; i < BQ; ++i) {
-      const int64_t local = least(first + i, p.rows - 1) / p.group;
-      const int64_t position = p.s - p.t + local;
-      const int64_t from = p.window > 0 ? most(0, position - p.window + 1) : 0;
+      const int64_t position = p.s - p.t + local, from = p.window > 0 ? most(0, position - p.window + 1) : 0;
+      const int64_t q_head = head * p.group + member;
       lo[i] = static_cast<int32_t>(p.starts ? most(from, p.starts[batch * p.t + local]) : from);
       hi[i] = static_cast<int32_t>(position + 1);
+      offset[i] = ((batch * p.t + local) * p.h + q_head) * p.d;
+      lse[i] = (batch * p.h + q_head) * p.t + local;
+      if (i + 1 >= count) continue;
+      if (++member == p.group) member = 0, ++local;
     }
   }
+  // The chunks that they see.
+  int64_t first_chunk(int64_t keys) const { return lo[0] / keys; }
+  int64_t end_chunk(int64_t keys) const { return (hi[BQ - 1] + keys - 1) / keys; }
 };
 
 // Keys of a chunk that a panel of rows works on, relative to the chunk: [begin, end) in whole strips, of which all rows of the
@@ -221,16 +245,26 @@ void tile(const float* a, int64_t span, int64_t jump, const float* b, float* c, 
 template <class Line>
 bool pack(int64_t count, int64_t lines, int64_t d, Line line, float* out) {
   const int64_t panels = ceil_div(d, NR);
-  Vec odd{};
-  for (int64_t i = 0; i < lines; ++i) {
-    const float* in = i < count ? line(i) : nullptr;
-    for (int64_t j = 0; j < 2 * panels; ++j) {
-      const int64_t left = in ? d - j * W : 0;
-      const Vec v = left >= W ? load(in + j * W) : left > 0 ? load_part(in + j * W, left) : Vec{};
-      store(out + (j / 2 * lines + i) * NR + j % 2 * W, v);
-      odd += v * 0.f;  // NaN for NaN and infinities
+  Vec odd{};  // x 0 is NaN for NaN and infinities
+  for (int64_t i = 0; i < count; ++i) {
+    const float* in = line(i);
+    float* to = out + i * NR;
+    int64_t left = d;
+    for (; left >= NR; left -= NR, in += NR, to += lines * NR) {
+      const Vec a = load(in), b = load(in + W);
+      store(to, a);
+      store(to + W, b);
+      odd += a * 0.f + b * 0.f;
+    }
+    if (left > 0) {
+      const Vec a = load_some(in, left), b = load_some(in + W, left - W);
+      store(to, a);
+      store(to + W, b);
+      odd += a * 0.f + b * 0.f;
     }
   }
+  for (int64_t panel = 0; count < lines && panel < panels; ++panel)
+    std::memset(out + (panel * lines + count) * NR, 0, static_cast<size_t>((lines - count) * NR) * 4);
   return sum(odd) == 0.f;
 }
 
@@ -253,9 +287,11 @@ void pack_transposed(int64_t count, int64_t d, float factor, Line line, float* o
     for (int64_t j = 0; j < d; j += W) {
       const int64_t left = least(d - j, W);
       Vec x[W];
+#pragma GCC unroll 16
       for (int l = 0; l < W; ++l)
-        x[l] = i + l >= count ? Vec{} : (left == W ? load(line(i + l) + j) : load_part(line(i + l) + j, left)) * factor;
+        x[l] = i + l >= count ? Vec{} : load_some(line(i + l) + j, left) * factor;
       // log2(W) perfect shuffles transpose a square.
+#pragma GCC unroll 4
       for (int step = 1; step < W; step *= 2) {
         Vec y[W];
 #pragma GCC unroll 8
@@ -340,51 +376,68 @@ void add_to_keys(const Problem& p, const Rows& rows, int64_t key0, const float* 
   }
 }
 
+// Which lanes of a panel see a key.
 struct Mask {
-  IVec lo, hi;
+  IVec lo[2], hi[2];
   Mask(const Rows& rows, int64_t lane, int64_t key0) {
-    std::memcpy(&lo, rows.lo + lane, sizeof lo);
-    std::memcpy(&hi, rows.hi + lane, sizeof hi);
-    lo -= static_cast<int32_t>(key0);
-    hi -= static_cast<int32_t>(key0);
+    std::memcpy(lo, rows.lo + lane, sizeof lo);
+    std::memcpy(hi, rows.hi + lane, sizeof hi);
+    for (int i = 0; i < 2; ++i) lo[i] -= static_cast<int32_t>(key0), hi[i] -= static_cast<int32_t>(key0);
   }
-  LIMBECK_INLINE IVec operator()(int64_t key) const {
+  LIMBECK_INLINE Vecs<2> keep(int64_t key, const Vecs<2>& x, float otherwise) const {
     const int32_t k = static_cast<int32_t>(key);
-    return (lo <= k) & (hi > k);
+    return each<2>([&](int i) { return ((lo[i] <= k) & (hi[i] > k)) ? x.v[i] : splat(otherwise); });
   }
 };
 
-// Runs body(key, lane vector, masked) over a span: with masks only where some row does not see the key.
+// Runs body(key, number of keys, masked) over a span: with masks only where some row does not see the key, else two keys at once.
 template <class Body>
 LIMBECK_INLINE void over(const Span& x, Body body) {
-  for (int64_t key = x.begin; key < x.all_begin; ++key) body(key, std::true_type{});
-  for (int64_t key = x.all_begin; key < x.all_end; ++key) body(key, std::false_type{});
-  for (int64_t key = x.all_end; key < x.end; ++key) body(key, std::true_type{});
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  int64_t key = x.begin;
+  for (; key < x.all_begin; ++key) body(key, One{}, std::true_type{});
+  for (; key + 2 <= x.all_end; key += 2) body(key, Two{}, std::false_type{});
+  if (key < x.all_end) body(key++, One{}, std::false_type{});
+  for (; key < x.end; ++key) body(key, One{}, std::true_type{});
 }
 
-// Packs K and V, [batch][head][chunk], with a flag for each chunk that is not finite.
+// A panel's lanes are two vectors; those of N keys.
+template <int N>
+LIMBECK_INLINE Vecs<2 * N> load_keys(const float* at) {
+  return each<2 * N>([&](int i) { return load(at + i / 2 * BQ + i % 2 * W); });
+}
+template <int N>
+LIMBECK_INLINE void store_keys(float* at, const Vecs<N>& x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) store(at + i / 2 * BQ + i % 2 * W, x.v[i]);
+}
+
+// K and V of one key/value head in packed chunks, each with a flag: whether all of it is finite.
 struct Packed {
   float *k, *v;
   int32_t *k_finite, *v_finite;
-  int64_t chunks, chunk_floats;
+  int64_t keys, chunk_floats;
 
   static size_t bytes(const Problem& p, int64_t keys) {
-    const int64_t chunks = p.b * p.g * p.chunks(keys);
-    return static_cast<size_t>(2 * chunks * p.packed(keys) * 4 + ceil_div(2 * chunks * 4, 64) * 64);
+    return static_cast<size_t>(2 * p.chunks(keys) * p.packed(keys) * 4 + ceil_div(2 * p.chunks(keys) * 4, 64) * 64);
   }
-  Packed(const Problem& p, int64_t keys, void* memory) : chunks(p.chunks(keys)), chunk_floats(p.packed(keys)) {
-    const int64_t all = p.b * p.g * chunks;
+  Packed(const Problem& p, int64_t keys, void* memory) : keys(keys), chunk_floats(p.packed(keys)) {
     k = static_cast<float*>(memory);
-    v = k + all * chunk_floats;
-    k_finite = reinterpret_cast<int32_t*>(v + all * chunk_floats);
-    v_finite = k_finite + all;
+    v = k + p.chunks(keys) * chunk_floats;
+    k_finite = reinterpret_cast<int32_t*>(v + p.chunks(keys) * chunk_floats);
+    v_finite = k_finite + p.chunks(keys);
   }
-  void fill(ThreadPool& threads, const Problem& p, int64_t keys) {
-    threads.parallel(p.b * p.g * chunks, [&](int64_t i, int) {
-      const int64_t batch = i / chunks / p.g, head = i / chunks % p.g, key0 = i % chunks * keys;
-      const int64_t from = p.key_offset(batch, head, key0), count = least(keys, p.s - key0);
-      k_finite[i] = pack(count, keys, p.d, [&](int64_t l) { return p.k + from + l * p.g * p.d; }, k + i * chunk_floats);
-      v_finite[i] = pack(count, keys, p.d, [&](int64_t l) { return p.v + from + l * p.g * p.d; }, v + i * chunk_floats);
+  void fill(const Problem& p, int64_t pair, int64_t chunk) {
+    const int64_t from = p.key_offset(pair, chunk * keys), step = p.g * p.d, count = least(keys, p.s - chunk * keys);
+    k_finite[chunk] = pack(count, keys, p.d, [&](int64_t l) { return p.k + from + l * step; }, k + chunk * chunk_floats);
+    v_finite[chunk] = pack(count, keys, p.d, [&](int64_t l) { return p.v + from + l * step; }, v + chunk * chunk_floats);
+  }
+  // All of them, the key/value head `pair` at memory + pair * bytes(p, keys).
+  static void fill_all(const Call& call, const Problem& p, int64_t keys, char* memory) {
+    const int64_t chunks = p.chunks(keys);
+    call.threads->parallel(p.b * p.g * chunks, [&](int64_t i, int) {
+      Packed(p, keys, memory + i / chunks * static_cast<int64_t>(bytes(p, keys))).fill(p, i / chunks, i % chunks);
     });
   }
 };
@@ -399,100 +452,94 @@ struct Arena {
   }
 };
 
-// Turns scores into weights e^(score - m) where m is 0, and adds them to the rows' sums.
+// Turns scores into weights e^score, and adds them to the rows' sums.
 void weigh_direct(const Problem& p, const Rows& rows, const Span& span, int64_t lane, int64_t key0, float* scores, float* sums) {
   const Vec factor = splat(p.cap * kLog2e);
-  const Mask mask0(rows, lane, key0), mask1(rows, lane + W, key0);
+  const Mask mask(rows, lane, key0);
   Vec sum0 = load(sums + lane), sum1 = load(sums + lane + W);
-  over(span, [&](int64_t key, auto masked) __attribute__((always_inline)) {
+  over(span, [&](int64_t key, auto keys, auto masked) __attribute__((always_inline)) {
+    constexpr int N = keys;
     float* at = scores + key * BQ + lane;
-    Vec w0 = exp2_of(soft(load(at)), factor), w1 = exp2_of(soft(load(at + W)), factor);
-    if (masked) {
-      w0 = mask0(key) ? w0 : Vec{};
-      w1 = mask1(key) ? w1 : Vec{};
-    }
-    store(at, w0);
-    store(at + W, w1);
-    sum0 += w0;
-    sum1 += w1;
+    auto w = exp2_of(soft(load_keys<N>(at)), factor);
+    if constexpr (masked) w = mask.keep(key, w, 0.f);
+    store_keys(at, w);
+    for (int i = 0; i < 2 * N; i += 2) sum0 += w.v[i], sum1 += w.v[i + 1];
   });
   store(sums + lane, sum0);
   store(sums + lane + W, sum1);
 }
 
-// The same with a running reference m for each row, which follows the maximum only when weights would grow past 2^8: then what was
-// summed so far is scaled down.
+// The same with a reference m for each row, weights e^(score - m). It follows the maximum only when weights would grow past 2^8:
+// then what was summed so far is scaled down.
 template <bool Capped>
 void weigh_online(const Problem& p, const Rows& rows, const Span& span, int64_t lane, int64_t key0, float* scores, float* sums,
                   float* reference, float* out) {
-  const Vec factor = splat(p.cap * kLog2e), hidden = splat(-__builtin_inff());
-  const Mask mask0(rows, lane, key0), mask1(rows, lane + W, key0);
-  Vec m0 = load(reference + lane), m1 = load(reference + lane + W), top0 = m0, top1 = m1;
-  over(span, [&](int64_t key, auto masked) __attribute__((always_inline)) {
+  const Vec factor = splat(p.cap * kLog2e);
+  const Mask mask(rows, lane, key0);
+  Vecs<2> m{{load(reference + lane), load(reference + lane + W)}}, top = m, sum{{load(sums + lane), load(sums + lane + W)}};
+  over(span, [&](int64_t key, auto keys, auto masked) __attribute__((always_inline)) {
+    constexpr int N = keys;
     float* at = scores + key * BQ + lane;
-    Vec z0 = load(at), z1 = load(at + W);
-    if (Capped) z0 = soft(z0) * factor, z1 = soft(z1) * factor;
-    if (masked) {
-      z0 = mask0(key) ? z0 : hidden;
-      z1 = mask1(key) ? z1 : hidden;
+    auto z = load_keys<N>(at);
+    if constexpr (Capped) {
+      z = soft(z);
+      z = each<2 * N>([&](int i) { return z.v[i] * factor; });
     }
-    if (Capped || masked) store(at, z0), store(at + W, z1);
-    top0 = max(z0, top0);
-    top1 = max(z1, top1);
+    if constexpr (masked) z = mask.keep(key, z, -__builtin_inff());
+    if constexpr (Capped || masked) store_keys(at, z);
+    for (int i = 0; i < 2 * N; ++i) top.v[i % 2] = max(z.v[i], top.v[i % 2]);
   });
-  Vec sum0 = load(sums + lane), sum1 = load(sums + lane + W);
-  const IVec grown = (top0 > m0 + 8.f) | (top1 > m1 + 8.f);
+  const IVec grown = (top.v[0] > m.v[0] + 8.f) | (top.v[1] > m.v[1] + 8.f);
   bool any = false;
   for (int i = 0; i < W; ++i) any |= grown[i] != 0;
   if (any) {
-    const Vec down0 = exp2_down(m0 - top0), down1 = exp2_down(m1 - top1);
-    sum0 *= down0, sum1 *= down1;
-    m0 = top0, m1 = top1;
-    store(reference + lane, m0);
-    store(reference + lane + W, m1);
+    alignas(64) float down[NR];
+    for (int half = 0; half < 2; ++half) {
+      const Vec x = exp2_down(m.v[half] - top.v[half]);
+      store(down + half * W, x);
+      sum.v[half] *= x;
+      store(reference + lane + half * W, m.v[half] = top.v[half]);
+    }
     for (int64_t panel = 0; panel < p.panels; ++panel)
       for (int i = 0; i < NR; ++i) {
         float* row = out + (panel * BQ + lane + i) * NR;
-        const float down = i < W ? down0[i] : down1[i - W];
-        store(row, load(row) * down);
-        store(row + W, load(row + W) * down);
+        store(row, load(row) * down[i]);
+        store(row + W, load(row + W) * down[i]);
       }
   }
-  for (int64_t key = span.begin; key < span.end; ++key) {
+  over({span.begin, span.begin, span.end, span.end}, [&](int64_t key, auto keys, auto) __attribute__((always_inline)) {
+    constexpr int N = keys;
     float* at = scores + key * BQ + lane;
-    const Vec w0 = exp2_down(load(at) - m0), w1 = exp2_down(load(at + W) - m1);
-    store(at, w0);
-    store(at + W, w1);
-    sum0 += w0;
-    sum1 += w1;
-  }
-  store(sums + lane, sum0);
-  store(sums + lane + W, sum1);
+    auto w = load_keys<N>(at);
+    w = exp2_down(each<2 * N>([&](int i) { return w.v[i] - m.v[i % 2]; }));
+    store_keys(at, w);
+    for (int i = 0; i < 2 * N; ++i) sum.v[i % 2] += w.v[i];
+  });
+  store(sums + lane, sum.v[0]);
+  store(sums + lane + W, sum.v[1]);
 }
 
 size_t forward_scratch(const Problem& p) {
   return static_cast<size_t>(4 * (KF * BQ + ceil_div(p.d * BQ, 16) * 16 + p.packed(BQ) + 2 * BQ));
 }
 
-// One block of rows of one key/value head.
-void forward_block(const Call& call, const Problem& p, const Packed& packed, int64_t batch, int64_t head, int64_t block, void* memory) {
-  Arena arena{static_cast<char*>(memory)};
+void forward_block(const Call& call, const Problem& p, const Packed& packed, const Rows& rows, int thread) {
+  Arena arena{static_cast<char*>(call.threads->scratch(thread, forward_scratch(p)))};
   float* scores = arena.floats(KF * BQ);
   float* columns = arena.floats(p.d * BQ);
   float* out = arena.floats(p.packed(BQ));
   float* sums = arena.floats(BQ);
   float* reference = arena.floats(BQ);
-  const Rows rows(p, batch, block);
   const int64_t panels = ceil_div(rows.count, NR);
-  pack_transposed(rows.count, p.d, p.q_factor(), [&](int64_t i) { return p.q + p.row_offset(batch, head, rows.first + i); }, columns);
+  pack_transposed(rows.count, p.d, p.q_factor(), [&](int64_t i) { return p.q + rows.offset[i]; }, columns);
   std::memset(out, 0, static_cast<size_t>(p.packed(BQ)) * 4);
   for (int i = 0; i < BQ; ++i) sums[i] = 0, reference[i] = p.direct ? 0.f : -3.402823466e38f;
 
-  for (int64_t chunk = rows.lo[0] / KF; chunk * KF < rows.hi[BQ - 1]; ++chunk) {
-    const int64_t key0 = chunk * KF, at = (batch * p.g + head) * packed.chunks + chunk;
+  for (int64_t chunk = rows.first_chunk(KF); chunk < rows.end_chunk(KF); ++chunk) {
+    const int64_t key0 = chunk * KF;
     Span spans[BQ / NR];
     for (int64_t panel = 0; panel < panels; ++panel) spans[panel] = span_of(rows, panel, key0, KF);
-    score<KF>(p, spans, panels, packed.k + at * packed.chunk_floats, columns, scores);
+    score<KF>(p, spans, panels, packed.k + chunk * packed.chunk_floats, columns, scores);
     for (int64_t panel = 0; panel < panels; ++panel) {
       if (p.direct)
         weigh_direct(p, rows, spans[panel], panel * NR, key0, scores, sums);
@@ -501,15 +548,14 @@ void forward_block(const Call& call, const Problem& p, const Packed& packed, int
       else
         weigh_online<false>(p, rows, spans[panel], panel * NR, key0, scores, sums, reference, out);
     }
-    add_to_rows<KF>(p, rows, key0, scores, packed.v + at * packed.chunk_floats, packed.v_finite[at] != 0, out);
+    add_to_rows<KF>(p, rows, key0, scores, packed.v + chunk * packed.chunk_floats, packed.v_finite[chunk] != 0, out);
   }
 
   float* y = call.out[0].as<float>();
   float* lse = call.out[1].as<float>();
   for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t row = rows.first + i;
-    if (y) unpack(out + i * NR, BQ, p.d, 1.f / sums[i], false, y + p.row_offset(batch, head, row));
-    if (lse) lse[p.lse_offset(batch, head, row)] = reference[i] * kLn2 + __builtin_logf(sums[i]);
+    if (y) unpack(out + i * NR, BQ, p.d, 1.f / sums[i], false, y + rows.offset[i]);
+    if (lse) lse[rows.lse[i]] = reference[i] * kLn2 + __builtin_logf(sums[i]);
   }
 }
 
@@ -532,7 +578,7 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
                  int64_t record_step) {
   const float* q = p.q + (batch * p.h + head * p.group + first) * p.d;
   const int64_t step = p.g * p.d, whole = p.d / W * W;
-  const float* k = p.k + p.key_offset(batch, head, key0);
+  const float* k = p.k + p.key_offset(batch * p.g + head, key0);
   for (int64_t key = 0; key < count; ++key, k += step) {
     Vec acc[N] = {};
     for (int64_t j = 0; j < whole; j += W)
@@ -548,7 +594,7 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
     Vec top = splat(-3.402823466e38f), total{};
     for (int64_t i = 0; i < count; i += W) {
       Vec z = load(x + i) * factor;
-      if (p.capped) z = soft(z) * cap;
+      if (p.capped) z = soft(Vecs<1>{{z}}).v[0] * cap;
       store(x + i, z);
       top = max(z, top);
     }
@@ -563,7 +609,7 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
     record[n * record_step] = sum(total);
     record[n * record_step + 1] = m;
   }
-  const float* v0 = p.v + p.key_offset(batch, head, key0);
+  const float* v0 = p.v + p.key_offset(batch * p.g + head, key0);
   for (int64_t j = 0; j < p.d; j += 2 * W) {
     const int64_t left0 = least(p.d - j, W), left1 = least(p.d - j - W, W);
     Vec acc[N][2] = {};
@@ -576,7 +622,7 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
         }
     else
       for (int64_t key = 0; key < count; ++key, v += step) {
-        const Vec a = load_part(v, left0), b = left1 > 0 ? load_part(v + W, left1) : Vec{};
+        const Vec a = load_some(v, left0), b = load_some(v + W, left1);
         for (int n = 0; n < N; ++n) {
           acc[n][0] += a * scores[n * kDecodeKeys + key];
           acc[n][1] += b * scores[n * kDecodeKeys + key];
@@ -638,22 +684,35 @@ void attention(const Call& call) {
   check(call, p, false);
   if (p.b == 0 || p.rows == 0) return;
   if (p.t == 1 && p.starts == nullptr) return decode(call, p);
-  Packed packed(p, KF, call.workspace);
-  packed.fill(*call.threads, p, KF);
-  call.threads->parallel(p.b * p.g * p.blocks, [&](int64_t i, int thread) {
-    const int64_t pair = i / p.blocks, block = p.blocks - 1 - i % p.blocks;  // long blocks first
-    forward_block(call, p, packed, pair / p.g, pair % p.g, block, call.threads->scratch(thread, forward_scratch(p)));
-  });
+  char* memory = static_cast<char*>(call.workspace);
+  const int64_t step = static_cast<int64_t>(Packed::bytes(p, KF));
+  if (p.whole_pairs()) {
+    call.threads->parallel(p.b * p.g, [&](int64_t pair, int thread) {
+      Packed packed(p, KF, memory + thread * step);
+      for (int64_t block = 0, ready = 0; block < p.blocks; ++block) {
+        const Rows rows(p, pair, block);
+        ready = most(ready, rows.first_chunk(KF));
+        for (; ready < rows.end_chunk(KF); ++ready) packed.fill(p, pair, ready);
+        forward_block(call, p, packed, rows, thread);
+      }
+    });
+  } else {
+    Packed::fill_all(call, p, KF, memory);
+    call.threads->parallel(p.b * p.g * p.blocks, [&](int64_t i, int thread) {
+      const int64_t pair = i / p.blocks, block = p.blocks - 1 - i % p.blocks;  // long blocks first
+      forward_block(call, p, Packed(p, KF, memory + pair * step), Rows(p, pair, block), thread);
+    });
+  }
 }
 
 size_t attention_workspace(const Call& call) {
   const Problem p = problem_of(call, 0);
   if (p.t == 1 && p.starts == nullptr) return Decode(p).bytes(p);
-  return Packed::bytes(p, KF);
+  return Packed::bytes(p, KF) * static_cast<size_t>(p.whole_pairs() ? call.threads->size() : p.b * p.g);
 }
 
-// The backward pass splits the rows of a key/value head into parts, by shape alone, of about equal work. Each part adds up dK and
-// dV of the keys that it sees in memory of its own; at the end they are summed in order. dQ belongs to one part each.
+// The backward pass splits the rows of a pair into parts, by shape alone, of about equal work. Each part adds up dK and dV of the
+// keys that it sees in memory of its own; at the end they are summed in order. dQ belongs to one part each.
 constexpr int kMaxParts = 8;
 struct Parts {
   int count;
@@ -662,8 +721,8 @@ struct Parts {
   int64_t offset[kMaxParts + 1];                   // first chunk in the parts' memory
 
   explicit Parts(const Problem& p) {
-    const int64_t wanted = least(ceil_div(16, most(p.b * p.g, 1)), kMaxParts);
-    count = static_cast<int>(most(1, least(wanted, p.blocks / 8)));
+    const int64_t wanted = least(ceil_div(kTasks, most(p.b * p.g, 1)), kMaxParts);
+    count = static_cast<int>(p.whole_pairs() ? 1 : most(1, least(wanted, p.blocks / 4)));
     const auto position = [&](int64_t blk) { return least(blk * BQ, p.rows - 1) / p.group; };
     const auto keys = [&](int64_t blk) { return p.window > 0 ? least(position(blk), p.window) : position(blk); };
     double all = 0, sum = 0;
@@ -690,45 +749,58 @@ size_t backward_scratch(const Problem& p) {
   return static_cast<size_t>(4 * (2 * KB * BQ + 2 * ceil_div(p.d * BQ, 16) * 16 + 3 * p.packed(BQ) + 2 * BQ));
 }
 
-// Weights and gradients of the (unscaled) scores, in place of scores and products dY . V.
+// Weights and gradients of the (unscaled) scores, in place of scores and products dY . V. `norm` is e^-lse, or lse in units of log 2;
+// `delta` is dY . Y.
 template <bool Capped, bool Direct>
 void differentiate(const Problem& p, const Rows& rows, const Span& span, int64_t lane, int64_t key0, const float* norm, const float* delta,
                    float* scores, float* products) {
   const Vec factor = splat(p.cap * kLog2e);
-  for (int half = 0; half < 2; ++half, lane += W) {
-    const Mask mask(rows, lane, key0);
-    const Vec n = load(norm + lane), dy_y = load(delta + lane);
-    over(span, [&](int64_t key, auto masked) __attribute__((always_inline)) {
-      float *at = scores + key * BQ + lane, *dat = products + key * BQ + lane;
-      Vec z = load(at), w, slope = splat(1.f);
-      if (Capped) {
-        z = soft(z);
-        slope -= z * z;
-        w = Direct ? exp2_of(z, factor) * n : exp2_down(z * factor - n);
-      } else {
-        w = exp2_down(z - n);
-      }
-      Vec dz = w * (load(dat) - dy_y) * slope;
-      if (masked) {
-        const IVec visible = mask(key);
-        w = visible ? w : Vec{};
-        dz = visible ? dz : Vec{};
-      }
-      store(at, w);
-      store(dat, dz);
-    });
-  }
+  const Mask mask(rows, lane, key0);
+  const Vec n[2] = {load(norm + lane), load(norm + lane + W)}, y[2] = {load(delta + lane), load(delta + lane + W)};
+  over(span, [&](int64_t key, auto keys, auto masked) __attribute__((always_inline)) {
+    constexpr int N = keys;
+    float *at = scores + key * BQ + lane, *dat = products + key * BQ + lane;
+    auto z = load_keys<N>(at), dz = load_keys<N>(dat), w = z;
+    if constexpr (Capped) z = soft(z);
+    if constexpr (Direct) {
+      w = exp2_of(z, factor);
+      w = each<2 * N>([&](int i) { return w.v[i] * n[i % 2]; });
+    } else {
+      w = exp2_down(each<2 * N>([&](int i) { return Capped ? z.v[i] * factor - n[i % 2] : z.v[i] - n[i % 2]; }));
+    }
+    dz = each<2 * N>([&](int i) { return w.v[i] * (dz.v[i] - y[i % 2]); });
+    if constexpr (Capped) dz = each<2 * N>([&](int i) { return dz.v[i] - dz.v[i] * (z.v[i] * z.v[i]); });
+    if constexpr (masked) {
+      w = mask.keep(key, w, 0.f);
+      dz = mask.keep(key, dz, 0.f);
+    }
+    store_keys(at, w);
+    store_keys(dat, dz);
+  });
 }
 
 struct BackwardPass {
   const Call& call;
-  const Problem& p;
-  const Packed& packed;
+  const Problem p;
+  const Parts parts;
   const float *dy, *y, *lse;
   float *dq, *dk, *dv;
+  int64_t chunk_floats, pair_floats;  // of dK, and of dV, of a chunk and of all parts of a pair
 
-  void block(const Parts& parts, int part, int64_t batch, int64_t head, int64_t index, void* memory, float* dk_sum, float* dv_sum) const {
-    Arena arena{static_cast<char*>(memory)};
+  explicit BackwardPass(const Call& call) : call(call), p(problem_of(call, 1)), parts(p) {
+    dy = call.in[0].as<const float>();
+    y = call.in[5].as<const float>();
+    lse = call.in[6].as<const float>();
+    dq = call.out[0].as<float>();
+    dk = call.out[1].as<float>();
+    dv = call.out[2].as<float>();
+    chunk_floats = p.packed(KB);
+    pair_floats = parts.offset[parts.count] * chunk_floats;
+  }
+
+  // dq of a block of rows, and what they add to dk and dv of the chunks that they see.
+  void block(const Packed& packed, const Rows& rows, int part, float* dk_sum, float* dv_sum, int thread) const {
+    Arena arena{static_cast<char*>(call.threads->scratch(thread, backward_scratch(p)))};
     float* scores = arena.floats(KB * BQ);
     float* products = arena.floats(KB * BQ);
     float* q_columns = arena.floats(p.d * BQ);
@@ -738,11 +810,8 @@ struct BackwardPass {
     float* dq_sum = arena.floats(p.packed(BQ));
     float* norm = arena.floats(BQ);
     float* delta = arena.floats(BQ);
-    const Rows rows(p, batch, index);
     const int64_t panels = ceil_div(rows.count, NR);
-    const auto line_of = [&](const float* base) {
-      return [&, base](int64_t i) { return base + p.row_offset(batch, head, rows.first + i); };
-    };
+    const auto line_of = [&rows](const float* base) { return [&rows, base](int64_t i) { return base + rows.offset[i]; }; };
     pack_transposed(rows.count, p.d, p.q_factor(), line_of(p.q), q_columns);
     pack_transposed(rows.count, p.d, 1.f, line_of(dy), dy_columns);
     const bool q_finite = pack(rows.count, BQ, p.d, line_of(p.q), q_lines);
@@ -751,20 +820,17 @@ struct BackwardPass {
     for (int64_t i = 0; i < BQ; ++i) {
       norm[i] = delta[i] = 0;
       if (i >= rows.count) continue;
-      const float *a = line_of(dy)(i), *b = line_of(y)(i);
+      const float *a = dy + rows.offset[i], *b = y + rows.offset[i];
       Vec acc{};
-      for (int64_t j = 0; j < p.d; j += W) {
-        const int64_t left = p.d - j;
-        acc += left >= W ? load(a + j) * load(b + j) : load_part(a + j, left) * load_part(b + j, left);
-      }
+      for (int64_t j = 0; j < p.d; j += W) acc += load_some(a + j, p.d - j) * load_some(b + j, p.d - j);
       delta[i] = sum(acc);
-      const float log_sum = lse[p.lse_offset(batch, head, rows.first + i)];
+      const float log_sum = lse[rows.lse[i]];
       norm[i] = p.direct ? __builtin_expf(-log_sum) : log_sum * kLog2e;
     }
 
-    for (int64_t chunk = rows.lo[0] / KB; chunk * KB < rows.hi[BQ - 1]; ++chunk) {
-      const int64_t key0 = chunk * KB, at = (batch * p.g + head) * packed.chunks + chunk;
-      const float *k = packed.k + at * packed.chunk_floats, *v = packed.v + at * packed.chunk_floats;
+    for (int64_t chunk = rows.first_chunk(KB); chunk < rows.end_chunk(KB); ++chunk) {
+      const int64_t key0 = chunk * KB;
+      const float *k = packed.k + chunk * chunk_floats, *v = packed.v + chunk * chunk_floats;
       Span spans[BQ / NR];
       for (int64_t panel = 0; panel < panels; ++panel) spans[panel] = span_of(rows, panel, key0, KB);
       score<KB>(p, spans, panels, k, q_columns, scores);
@@ -773,64 +839,86 @@ struct BackwardPass {
         const auto run = p.direct ? differentiate<true, true> : p.capped ? differentiate<true, false> : differentiate<false, false>;
         run(p, rows, spans[panel], panel * NR, key0, norm, delta, scores, products);
       }
-      const int64_t to = (chunk - parts.chunk[part]) * packed.chunk_floats;
+      const int64_t to = (chunk - parts.chunk[part]) * chunk_floats;
       if (dv) add_to_keys<KB>(p, rows, key0, scores, dy_lines, dy_finite, dv_sum + to);
       if (dk) add_to_keys<KB>(p, rows, key0, products, q_lines, q_finite, dk_sum + to);
-      if (dq) add_to_rows<KB>(p, rows, key0, products, k, packed.k_finite[at] != 0, dq_sum);
+      if (dq) add_to_rows<KB>(p, rows, key0, products, k, packed.k_finite[chunk] != 0, dq_sum);
     }
     if (dq)
-      for (int64_t i = 0; i < rows.count; ++i)
-        unpack(dq_sum + i * NR, BQ, p.d, p.scale, call.accumulate[0], dq + p.row_offset(batch, head, rows.first + i));
+      for (int64_t i = 0; i < rows.count; ++i) unpack(dq_sum + i * NR, BQ, p.d, p.scale, call.accumulate[0], dq + rows.offset[i]);
+  }
+
+  // Writes dk and dv of a chunk: the sum over parts, in order. `sums` is the pair's.
+  void join(int64_t pair, int64_t chunk, const float* sums) const {
+    const int64_t to = p.key_offset(pair, chunk * KB), step = p.g * p.d, count = least(KB, p.s - chunk * KB);
+    for (int which = 0; which < 2; ++which) {
+      float* out = which ? dv : dk;
+      if (out == nullptr) continue;
+      bool add = call.accumulate[1 + which];
+      for (int part = 0; part < parts.count; ++part) {
+        if (chunk < parts.chunk[part] || chunk >= parts.chunk_end[part]) continue;
+        const float* from = sums + which * pair_floats + (parts.offset[part] + chunk - parts.chunk[part]) * chunk_floats;
+        for (int64_t l = 0; l < count; ++l) unpack(from + l * NR, KB, p.d, which ? 1.f : p.scale, add, out + to + l * step);
+        add = true;
+      }
+    }
+  }
+
+  // A part of a pair. A whole pair is packed as it goes along, and joined as soon as no later row sees a chunk.
+  void part(Packed packed, int64_t pair, int part, float* sums, int thread) const {
+    const bool whole = p.whole_pairs();
+    float *dk_sum = sums + parts.offset[part] * chunk_floats, *dv_sum = dk_sum + pair_floats;
+    int64_t ready = parts.chunk[part], joined = 0;
+    for (int64_t index = parts.block[part]; index < parts.block[part + 1]; ++index) {
+      const Rows rows(p, pair, index);
+      for (; whole && joined < rows.first_chunk(KB); ++joined) join(pair, joined, sums);
+      for (; ready < rows.end_chunk(KB); ++ready) {
+        if (whole) packed.fill(p, pair, ready);
+        const int64_t to = (ready - parts.chunk[part]) * chunk_floats;
+        std::memset(dk_sum + to, 0, static_cast<size_t>(chunk_floats) * 4);
+        std::memset(dv_sum + to, 0, static_cast<size_t>(chunk_floats) * 4);
+      }
+      block(packed, rows, part, dk_sum, dv_sum, thread);
+    }
+    for (; whole && joined < p.chunks(KB); ++joined) join(pair, joined, sums);
+  }
+
+  // Packed keys and sums: of each thread for whole pairs, else of each pair.
+  int64_t owners() const { return p.whole_pairs() ? call.threads->size() : p.b * p.g; }
+  int64_t packed_bytes() const { return static_cast<int64_t>(Packed::bytes(p, KB)); }
+  size_t workspace() const { return static_cast<size_t>(owners() * (packed_bytes() + 2 * pair_floats * 4)); }
+
+  void run() const {
+    char* memory = static_cast<char*>(call.workspace);
+    float* sums = reinterpret_cast<float*>(memory + owners() * packed_bytes());
+    if (p.whole_pairs()) {
+      call.threads->parallel(p.b * p.g, [&](int64_t pair, int thread) {
+        part(Packed(p, KB, memory + thread * packed_bytes()), pair, 0, sums + 2 * thread * pair_floats, thread);
+      });
+      return;
+    }
+    Packed::fill_all(call, p, KB, memory);
+    call.threads->parallel(p.b * p.g * parts.count, [&](int64_t i, int thread) {
+      const int64_t pair = i / parts.count;
+      part(Packed(p, KB, memory + pair * packed_bytes()), pair, static_cast<int>(i % parts.count), sums + 2 * pair * pair_floats, thread);
+    });
+    const int64_t chunks = p.chunks(KB);
+    call.threads->parallel(p.b * p.g * chunks,
+                           [&](int64_t i, int) { join(i / chunks, i % chunks, sums + 2 * (i / chunks) * pair_floats); });
   }
 };
 
 // attention_backward(dy[b t h d], q[b t h d], k[b t g d], v[b t g d], starts[b t]:i32?, y[b t h d], lse[b h t]:f32, scale, cap, window)
 //   -> dq[b t h d]+, dk[b t g d]+, dv[b t g d]+
 void attention_backward(const Call& call) {
-  const Problem p = problem_of(call, 1);
-  check(call, p, true);
-  if (p.b == 0 || p.rows == 0) return;
-  Packed packed(p, KB, call.workspace);
-  packed.fill(*call.threads, p, KB);
-  const Parts parts(p);
-  const BackwardPass pass{call, p, packed, call.in[0].as<const float>(), call.in[5].as<const float>(), call.in[6].as<const float>(),
-                          call.out[0].as<float>(), call.out[1].as<float>(), call.out[2].as<float>()};
-  float* sums = reinterpret_cast<float*>(static_cast<char*>(call.workspace) + Packed::bytes(p, KB));
-  const int64_t all = parts.offset[parts.count] * packed.chunk_floats;  // of dK, and of dV, of one key/value head
-
-  call.threads->parallel(p.b * p.g * parts.count, [&](int64_t i, int thread) {
-    const int64_t pair = i / parts.count;
-    const int part = parts.count - 1 - static_cast<int>(i % parts.count);
-    const int64_t from = parts.offset[part] * packed.chunk_floats, n = parts.offset[part + 1] * packed.chunk_floats - from;
-    float *dk_sum = sums + 2 * pair * all + from, *dv_sum = dk_sum + all;
-    std::memset(dk_sum, 0, static_cast<size_t>(n) * 4);
-    std::memset(dv_sum, 0, static_cast<size_t>(n) * 4);
-    void* memory = call.threads->scratch(thread, backward_scratch(p));
-    for (int64_t block = parts.block[part]; block < parts.block[part + 1]; ++block)
-      pass.block(parts, part, pair / p.g, pair % p.g, block, memory, dk_sum, dv_sum);
-  });
-
-  call.threads->parallel(p.b * p.g * packed.chunks, [&](int64_t i, int) {
-    const int64_t pair = i / packed.chunks, chunk = i % packed.chunks, key0 = chunk * KB;
-    const int64_t to = p.key_offset(pair / p.g, pair % p.g, key0), step = p.g * p.d;
-    for (int which = 0; which < 2; ++which) {
-      float* out = which ? pass.dv : pass.dk;
-      if (out == nullptr) continue;
-      bool add = call.accumulate[1 + which];
-      for (int part = 0; part < parts.count; ++part) {
-        if (chunk < parts.chunk[part] || chunk >= parts.chunk_end[part]) continue;
-        const float* from = sums + (2 * pair + which) * all + (parts.offset[part] + chunk - parts.chunk[part]) * packed.chunk_floats;
-        for (int64_t l = 0; l < least(KB, p.s - key0); ++l) unpack(from + l * NR, KB, p.d, which ? 1.f : p.scale, add, out + to + l * step);
-        add = true;
-      }
-    }
-  });
+  check(call, problem_of(call, 1), true);
+  const BackwardPass pass(call);
+  if (pass.p.b > 0 && pass.p.rows > 0) pass.run();
 }
 
 size_t attention_backward_workspace(const Call& call) {
-  const Problem p = problem_of(call, 1);
-  if (p.b == 0 || p.rows == 0) return 0;
-  return Packed::bytes(p, KB) + static_cast<size_t>(2 * p.b * p.g * Parts(p).offset[Parts(p).count] * p.packed(KB) * 4);
+  const BackwardPass pass(call);
+  return pass.p.b > 0 && pass.p.rows > 0 ? pass.workspace() : 0;
 }
 
 }  // namespace

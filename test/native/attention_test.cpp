@@ -275,6 +275,11 @@ TEST(many_parts_of_a_long_sequence) {
   compare({1, 1300, 1300, 2, 1, 8, 50, 0, {600, 1, 100}}, 4e-5);
 }
 
+TEST(many_pairs) {
+  compare({9, 130, 130, 4, 2, 16, 50, 20, {40, 90}, true});
+  compare({4, 300, 300, 8, 4, 8, 0, 0});
+}
+
 TEST(large_scores) {
   // Scores reach hundreds: a running maximum, or caps that bite. float32 rounds a score of 300 by 2e-5.
   for (double cap : {0., 30., 60., 61., 200., 1000.}) compare({1, 150, 150, 2, 1, 16, cap, 0, {}, false, 8.}, 1e-3);
@@ -310,7 +315,8 @@ TEST(gradients_by_finite_differences) {
 
 TEST(the_number_of_threads_changes_no_bit) {
   for (const Case& c :
-       {Case{1, 900, 900, 4, 1, 32, 50, 0}, Case{2, 500, 500, 4, 2, 17, 0, 100, {100, 7, 300}}, Case{1, 1, 3000, 4, 2, 64, 50, 0}}) {
+       {Case{1, 900, 900, 4, 1, 32, 50, 0}, Case{2, 500, 500, 4, 2, 17, 0, 100, {100, 7, 300}}, Case{1, 1, 3000, 4, 2, 64, 50, 0},
+        Case{8, 200, 200, 4, 2, 16, 50, 50}}) {
     const Data x = make(c);
     ThreadPool one(1), three(3);
     Result a, b;
