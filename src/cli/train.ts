@@ -13,6 +13,7 @@ const trainArguments = {
   run: { type: 'positional', required: false, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
   set: { type: 'string', description: 'Change a field of the run, as often as wanted.', valueHint: 'field=value' },
   'dry-run': { type: 'boolean', description: 'Check the run, print it with all defaults, and stop.' },
+  fields: { type: 'boolean', description: 'List every field of a run file with its meaning and default, and stop.' },
   schema: { type: 'boolean', description: 'Print the JSON Schema of run files, for editors, and stop.' },
   ...commonArguments,
 } as const satisfies ArgsDef;
@@ -24,9 +25,18 @@ export function trainCommand(kind: RunConfig['kind'], description: string, examp
     args: trainArguments,
     examples,
     async run({ args, rawArgs }) {
-      const { loadRun, runJsonSchema } = await import('../train/config.ts');
+      const { loadRun, runFields, runJsonSchema } = await import('../train/config.ts');
       if (args.schema) {
         process.stdout.write(`${JSON.stringify(runJsonSchema(), null, 2)}\n`);
+        return;
+      }
+      if (args.fields) {
+        const width = Math.max(...runFields(kind).map(({ field }) => field.length));
+        process.stdout.write(
+          runFields(kind)
+            .map(({ field, about }) => `${field.padEnd(width)}  ${about}\n`)
+            .join(''),
+        );
         return;
       }
       if (args.run === undefined) throw new UsageError('which run? Give the path of a run file');
@@ -50,6 +60,7 @@ async function train(run: RunConfig, loop: Loop, json: boolean): Promise<void> {
   const { record } = await import('../train/record.ts');
   const { createProgress } = await import('../train/progress.ts');
   const progress = createProgress(process.stderr);
+  if (!json) progress.wait('reading tokenizer and data …');
   const reason = await interruptible(
     async (signal) => {
       let last: TrainEvent | undefined;

@@ -5,7 +5,7 @@ import { dirname, extname, isAbsolute, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { z } from 'zod';
 import { ConfigError, LimbeckError } from '../tensor/errors.ts';
-import { explain } from './issues.ts';
+import { describeFields, explain } from './issues.ts';
 
 const positive = () => z.number().gt(0);
 const count = () => z.int().min(1);
@@ -28,7 +28,7 @@ const tokenizerSchema = z.union([
 ]);
 
 const sourceShape = {
-  text: paths().optional().describe('Plain text: files, folders or globs, one document a file.'),
+  text: paths().optional().describe('Plain text: files, folders or globs.'),
   jsonl: paths().optional().describe('JSON Lines: files, folders or globs, one document a line.'),
   tokens: paths().optional().describe('Files of token ids made beforehand.'),
 };
@@ -39,6 +39,11 @@ const oneSource = (value: { text?: unknown; jsonl?: unknown; tokens?: unknown })
 const dataSchema = z
   .strictObject({
     ...sourceShape,
+    separator: z
+      .string()
+      .min(1)
+      .optional()
+      .describe('What stands between the documents of a text file, such as "\\n\\n\\n". Default: a file is one document.'),
     field: z.string().min(1).default('text').describe('Field of a JSON line that holds the text. Default "text".'),
     validation: z
       .union([
@@ -83,20 +88,28 @@ const modelObject = z
     },
   });
 
+const divergenceKind = <const K extends string>(kind: K) =>
+  z.literal(kind).describe('"forward_kl", "reverse_kl", "jsd", "skew_forward_kl" or "skew_reverse_kl".');
+const skewAlpha = () =>
+  z.number().gt(0).lt(1).default(0.1).describe('Share α of the other in the skew divergences. Default 0.1.');
+
 const divergenceSchema = z
   .discriminatedUnion('kind', [
-    z.strictObject({ kind: z.literal('forward_kl') }).describe('KL(teacher ‖ student): the student covers the teacher.'),
+    z.strictObject({ kind: divergenceKind('forward_kl') }).describe('KL(teacher ‖ student): the student covers the teacher.'),
     z
-      .strictObject({ kind: z.literal('reverse_kl') })
+      .strictObject({ kind: divergenceKind('reverse_kl') })
       .describe('KL(student ‖ teacher): the student keeps to modes of the teacher.'),
     z
-      .strictObject({ kind: z.literal('jsd'), beta: z.number().gt(0).lt(1).default(0.5) })
+      .strictObject({
+        kind: divergenceKind('jsd'),
+        beta: z.number().gt(0).lt(1).default(0.5).describe('Weight β of "jsd". Default 0.5.'),
+      })
       .describe('β KL(p ‖ m) + (1−β) KL(q ‖ m), m = β p + (1−β) q. Default β 0.5.'),
     z
-      .strictObject({ kind: z.literal('skew_forward_kl'), alpha: z.number().gt(0).lt(1).default(0.1) })
+      .strictObject({ kind: divergenceKind('skew_forward_kl'), alpha: skewAlpha() })
       .describe('KL(p ‖ α p + (1−α) q). Default α 0.1.'),
     z
-      .strictObject({ kind: z.literal('skew_reverse_kl'), alpha: z.number().gt(0).lt(1).default(0.1) })
+      .strictObject({ kind: divergenceKind('skew_reverse_kl'), alpha: skewAlpha() })
       .describe('KL(q ‖ (1−α) p + α q). Default α 0.1.'),
   ])
   .describe('How far the student is from the teacher; p teacher, q student. Default { kind: "forward_kl" }.');
@@ -191,7 +204,7 @@ const howLong = { path: ['steps'], error: 'give exactly one of steps and tokens:
 
 const pretrainSchema = z
   .strictObject({
-    kind: z.literal('pretrain').describe('Train on text.'),
+    kind: z.literal('pretrain').describe('Which loop: "pretrain" trains on text.'),
     ...shared,
     tokenizer: tokenizerSchema.describe('Path of a tokenizer.json, or { train: { vocabSize } }.'),
   })
@@ -199,7 +212,7 @@ const pretrainSchema = z
 
 const distillSchema = z
   .strictObject({
-    kind: z.literal('distill').describe('Train on the distribution of a teacher.'),
+    kind: z.literal('distill').describe('Which loop: "distill" trains on the distribution of a teacher.'),
     ...shared,
     tokenizer: z
       .string()
@@ -292,6 +305,11 @@ export function tokensPerStep(run: RunConfig): number {
 /** JSON Schema of a run file: name it in `"$schema"` and editors complete and check the fields. */
 export function runJsonSchema(): Record<string, unknown> {
   return z.toJSONSchema(runSchema, { io: 'input' }) as Record<string, unknown>;
+}
+
+/** Every field of a run file, with its meaning and default. */
+export function runFields(kind: RunConfig['kind']): readonly { readonly field: string; readonly about: string }[] {
+  return describeFields(runSchema, { kind });
 }
 
 /**

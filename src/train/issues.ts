@@ -225,6 +225,14 @@ function keysAt(schema: z.ZodType, path: Path, input: unknown): string[] {
   return [...new Set(keys)].filter((key) => key !== '$schema');
 }
 
+/** Every field of a run with its description, groups before their members; `input` (`{ kind }`) chooses among forms. */
+export function describeFields(schema: z.ZodType, input: unknown): { field: string; about: string }[] {
+  return fields(schema, input).map((field) => ({
+    field,
+    about: schemasAt(schema, field.split('.'), input).find((s) => s.description)?.description ?? '',
+  }));
+}
+
 /** Paths of all fields. */
 function fields(schema: z.ZodType, input: unknown, path: string[] = []): string[] {
   return keysAt(schema, path, input).flatMap((key) => {

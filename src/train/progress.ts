@@ -22,6 +22,8 @@ export interface ProgressOptions {
 export interface Progress {
   /** Shows one event. */
   show(event: TrainEvent): void;
+  /** On a terminal, a passing line about what goes on before the first event. */
+  wait(text: string): void;
   /** A line of its own among the events. */
   note(text: string): void;
   /** Takes the redrawn lines away, so that other output can follow. */
@@ -161,7 +163,14 @@ export function createProgress(stream: ProgressStream, options: ProgressOptions 
     if (live && step) draw(step);
   }
 
-  return { show, note: line, clear };
+  function wait(text: string): void {
+    if (!live) return;
+    clear();
+    stream.write(`${paint('gray', text)}\n`);
+    drawn = 1;
+  }
+
+  return { show, wait, note: line, clear };
 }
 
 /** One line about an evaluation. */

@@ -40,12 +40,13 @@ interface DataPlace {
   readonly text?: string | readonly string[] | undefined;
   readonly jsonl?: string | readonly string[] | undefined;
   readonly tokens?: string | readonly string[] | undefined;
+  readonly separator?: string | undefined;
   readonly field?: string | undefined;
   readonly strict?: boolean | undefined;
 }
 
-export function sourceOf({ text, jsonl: lines, tokens, field = 'text', strict = false }: DataPlace): Source {
-  if (text !== undefined) return textFiles(text);
+export function sourceOf({ text, jsonl: lines, tokens, separator, field = 'text', strict = false }: DataPlace): Source {
+  if (text !== undefined) return textFiles(text, separator === undefined ? {} : { separator });
   return lines !== undefined ? jsonl(lines, { field, strict }) : tokenFile(tokens!);
 }
 

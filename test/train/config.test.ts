@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { ConfigError } from '../../src/tensor/errors.ts';
-import { defineRun, loadRun, parseRun, plannedSteps, runJsonSchema, tokensPerStep } from '../../src/train/config.ts';
+import { defineRun, loadRun, parseRun, plannedSteps, runFields, runJsonSchema, tokensPerStep } from '../../src/train/config.ts';
 
 const pretrain = defineRun({
   kind: 'pretrain',
@@ -172,6 +172,52 @@ describe('run files', () => {
     await expect(loadRun(broken)).rejects.toMatchObject({ message: expect.stringContaining('cannot be read') });
     await expect(loadRun(await file('notes.txt', 'hello'))).rejects.toBeInstanceOf(ConfigError);
   });
+});
+
+test('docs/run-files.md lists every field', async () => {
+  const table = (rows: readonly { field: string; about: string }[]) =>
+    ['| field | |', '|---|---|', ...rows.map(({ field, about }) => `| \`${field}\` | ${about.replaceAll('|', '\\|')} |`)].join(
+      '\n',
+    );
+  const both = runFields('pretrain').filter(({ field }) => field !== 'kind' && !field.startsWith('tokenizer'));
+  const names = new Set(both.map(({ field }) => field));
+  const only = (kind: 'pretrain' | 'distill') => runFields(kind).filter(({ field }) => !names.has(field));
+  for (const kind of ['pretrain', 'distill'] as const)
+    for (const { field, about } of runFields(kind)) expect(about, field).not.toBe('');
+  const page = `# Run files
+
+A run is a JSON file, or a TypeScript or JavaScript module that exports one as \`default\` or \`run\`:
+
+\`\`\`ts
+import { defineRun } from 'limbeck';
+
+export default defineRun({
+  kind: 'pretrain',
+  output: 'runs/teacher',
+  data: { text: 'corpus/*.txt' },
+  tokenizer: { train: { vocabSize: 4096 } },
+  model: 'gemma2-micro',
+  steps: 1000,
+});
+\`\`\`
+
+Paths are relative to the run file. \`limbeck pretrain run.ts --set optimizer.learningRate=1e-3\` changes a field, \`--dry-run\` prints the
+run with every default, and \`--schema\` prints a JSON Schema: name it in \`"$schema"\`, and editors complete and check JSON files.
+
+## Every run
+
+${table(both)}
+
+## \`kind: 'pretrain'\`
+
+${table(only('pretrain'))}
+
+## \`kind: 'distill'\`
+
+${table(only('distill'))}
+`;
+  // After a change of the schema: npx vitest run test/train/config.test.ts -u
+  await expect(page).toMatchFileSnapshot('../../docs/run-files.md');
 });
 
 test('the JSON Schema describes every field', () => {
