@@ -45,7 +45,7 @@ limbeck doctor --json
 
 async function examine(): Promise<Examination> {
   const { backendInfo } = await import('../tensor/info.ts');
-  const { packageVersion } = await import('../tensor/native.ts');
+  const { packageVersion } = await import('../tensor/version.ts');
   let info: BackendInfo | undefined;
   let failure: unknown;
   try {

@@ -1,7 +1,7 @@
 // limbeck COMMAND: which command, its help, and the exit code
 
 import { runCommand } from 'citty';
-import { packageVersion } from '../tensor/native.ts';
+import { packageVersion } from '../tensor/version.ts';
 import { nearest } from '../train/issues.ts';
 import { bench } from './bench.ts';
 import { type Command, command, exitCode, reportError, UsageError, usage } from './command.ts';
