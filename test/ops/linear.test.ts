@@ -1,0 +1,83 @@
+import { expect, test } from 'vitest';
+import { gatedLinear, linear } from '../../src/ops/linear.ts';
+import { ShapeError } from '../../src/tensor/errors.ts';
+import { scope } from '../../src/tensor/scope.ts';
+import { zeros } from '../../src/tensor/tensor.ts';
+import { type Array64, array, checkOp, elementwise, type Input } from './check.ts';
+
+const product = (x: Array64, w: Array64, bias?: Array64): Array64 => {
+  const [n = 0, k = 0] = w.shape;
+  const lead = x.shape.slice(0, -1);
+  const rows = lead.reduce((a, b) => a * b, 1);
+  const y = array([...lead, n], new Float64Array(rows * n));
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < n; j++) {
+      let s = bias?.data[j] ?? 0;
+      for (let l = 0; l < k; l++) s += x.data[i * k + l]! * w.data[j * k + l]!;
+      y.data[i * n + j] = s;
+    }
+  }
+  return y;
+};
+
+// Nothing, one, primes, one token, one past a tile of the product in each direction.
+const sizes = [
+  { lead: [0], k: 3, n: 2 },
+  { lead: [1], k: 1, n: 1 },
+  { lead: [], k: 7, n: 5 },
+  { lead: [1], k: 65, n: 33 },
+  { lead: [2, 7], k: 17, n: 13 },
+  { lead: [33], k: 65, n: 49 },
+  { lead: [65], k: 16, n: 97 },
+];
+const cases = (dtype: 'f32' | 'bf16', rest: (n: number) => Input[] = () => []): Input[][] =>
+  sizes.map(({ lead, k, n }) => [{ shape: [...lead, k] }, { shape: [n, k], dtype }, ...rest(n)]);
+
+checkOp({
+  name: 'linear',
+  run: (x, w) => linear(x!, w!),
+  reference: (x, w) => product(x!, w!),
+  cases: cases('f32'),
+  tolerance: 4e-6,
+});
+checkOp({
+  name: 'linear, bias',
+  run: (x, w, bias) => linear(x!, w!, bias),
+  reference: product,
+  cases: cases('f32', (n) => [{ shape: [n] }]),
+  tolerance: 4e-6,
+});
+checkOp({
+  name: 'linear, bf16 weights',
+  run: (x, w) => linear(x!, w!),
+  reference: (x, w) => product(x!, w!),
+  cases: cases('bf16'),
+  tolerance: 4e-6,
+});
+
+const gelu = (x: number): number => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
+const silu = (x: number): number => x / (1 + Math.exp(-x));
+for (const [activation, f] of [
+  ['gelu', gelu],
+  ['silu', silu],
+] as const) {
+  checkOp({
+    name: `gated_linear, ${activation}`,
+    run: (gate, up, w) => gatedLinear(gate!, up!, w!, { activation }),
+    reference: (gate, up, w) => product(elementwise((g, u) => f(g) * u)(gate!, up!), w!),
+    cases: sizes.map(({ lead, k, n }, i) => [
+      { shape: [...lead, k] },
+      { shape: [...lead, k] },
+      { shape: [n, k], dtype: i % 2 === 0 ? 'f32' : 'bf16' },
+    ]),
+    tolerance: 4e-6,
+  });
+}
+
+test('a weight of another width is refused', () => {
+  scope(() => {
+    expect(() => linear(zeros([2, 3]), zeros([4, 2]))).toThrow(ShapeError);
+    expect(() => linear(zeros([2, 3]), zeros([4, 3]), zeros([3]))).toThrow(/bias has shape \[3\], expected \[4\]/);
+    expect(() => gatedLinear(zeros([2, 3]), zeros([2, 2]), zeros([4, 3]), { activation: 'gelu' })).toThrow(ShapeError);
+  });
+});
