@@ -71,7 +71,8 @@ async function examine(): Promise<Examination> {
       ...(info
         ? [
             ok('native core', info.native.path),
-            ok('compiled by', info.native.compiler),
+            // GCC tells its number only, others their name too.
+            ok('compiled by', /^\d/.test(info.native.compiler) ? `GCC ${info.native.compiler}` : info.native.compiler),
             ok('cpu', `instruction set ${info.cpu.isa || 'unknown'} of ${info.cpu.compiled.join(', ')}`),
             ok('threads', `${info.cpu.threads}${threads}`),
             ok('matrix products', info.cpu.blas),
