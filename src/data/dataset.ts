@@ -15,7 +15,7 @@ import { type CorpusReport, tokenize } from './tokenize.ts';
 import { openTokenFile, type TokenStore } from './tokens.ts';
 
 export interface DatasetOptions extends Layout {
-  /** Training data. */
+  /** Training data; none (`[]`) to read held-out data only. */
   readonly train: Source | readonly Source[];
   /** Held-out data: a share of the training documents (0 to 1), a number of them, or sources of its own. Default: none. */
   readonly validation?: Held | Source | readonly Source[];
@@ -95,7 +95,7 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
   const load = async (sources: readonly Source[], what: string) => {
     const corpus = await openCorpus(sources, options);
     opened.push(corpus);
-    if (corpus.store.tokens === 0) {
+    if (sources.length > 0 && corpus.store.tokens === 0) {
       throw new DataError(
         `openDataset: the ${what} data has no text: ${corpus.report.documents} documents, ${corpus.report.malformedCount} malformed`,
         {
@@ -126,7 +126,7 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
       held = { store, documents, segments: segmentsOf(store, documents, length) };
     }
     const segments = segmentsOf(train.store, trainDocuments, length);
-    if (segments.tokens === 0)
+    if (listOf(options.train).length > 0 && segments.tokens === 0)
       throw new DataError('openDataset: the training documents have no tokens', {
         code: 'ERR_EMPTY',
         op: 'openDataset',
@@ -190,6 +190,8 @@ function loader(store: TokenStore, segments: Segments, layout: Layout, seed: num
   return {
     next() {
       const batch = last.then(async () => {
+        if (segments.tokens === 0)
+          throw new DataError('next: there is no training data', { code: 'ERR_EMPTY', op: 'next', argument: 'train' });
         const taken = (await take(store, rows, layout, false))!;
         tokens += taken.tokens;
         return taken;
