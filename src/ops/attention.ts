@@ -1,6 +1,7 @@
 // Fused attention. B batch, T queries, S keys, H query heads, G key/value heads, D head size.
 import { ConfigError, ShapeError } from '../tensor/errors.ts';
 import { op } from '../tensor/op.ts';
+import { isRecording } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
 const attentionOp = op({
@@ -10,25 +11,30 @@ const attentionOp = op({
 });
 
 export interface AttentionOptions {
-  /** Factor of the scores. Default D^-1/2. */
+  /** Factor of the scores q·k. Default D^-1/2. */
   readonly scale?: number;
-  /** Soft cap: scores become cap · tanh(score / cap), before the mask. Default null: none. */
+  /** Soft cap: scores become cap · tanh(score / cap), before the mask (Gemma 2: 50). Default null: none. */
   readonly cap?: number | null;
   /** Keys that a query sees, itself included. Default null: all before it. */
   readonly window?: number | null;
-  /** Index in the row of the first token of each token's document [B T], i32; only when S = T. Default: a row is one document. */
+  /**
+   * Packed documents: for each token the position, in its row, of the first token of its document [B T], i32; only when S = T.
+   * Default: a row is one document.
+   */
   readonly starts?: Tensor | undefined;
 }
 
 /**
  * Causal attention in one pass: grouped queries without copies of keys and values, sliding window, soft cap, packed documents.
- * Blocks outside the window or the document are never touched, forward or backward; only the log-sum-exp is kept.
- * FlashAttention (arXiv:2205.14135), GQA (arXiv:2305.13245).
- * @param q [B T H D]: the last T of S positions
+ * Keys outside the window or the document are never touched, forward or backward; of the scores only the log-sum-exp is kept.
+ * What is not finite reaches exactly the queries that see it.
+ * FlashAttention (arXiv 2205.14135), grouped queries (arXiv 2305.13245), soft cap (Gemma 2, arXiv 2408.00118).
+ * @param q [B T H D]: the last T of S positions; for gradients all of them (T = S)
  * @param k [B S G D]; query head i uses head ⌊i G / H⌋
  * @param v [B S G D]
  * @returns [B T H D]
- * @throws ShapeError when heads do not divide or lengths do not fit; ConfigError for an option out of range.
+ * @throws ShapeError when heads do not divide or lengths do not fit; ConfigError for an option out of range; DataError, when the
+ * result is read, for a start after its token, below 0, or before the start of the token before it.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   const { cap = null, window = null, starts } = options;
@@ -36,21 +42,45 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   const [, s = 0, g = 0] = k.shape;
   const scale = options.scale ?? d ** -0.5;
   option('scale', scale, Number.isFinite(scale), 'a finite number');
-  if (window !== null) option('window', window, Number.isInteger(window) && window >= 1, 'a whole number from 1 (keys that are seen, the token itself included), or null for no window');
+  if (window !== null)
+    option(
+      'window',
+      window,
+      Number.isInteger(window) && window >= 1,
+      'a whole number from 1 (keys that are seen, the token itself included), or null for no window',
+    );
   if (cap !== null) option('cap', cap, cap > 0 && Number.isFinite(cap), 'a positive number, or null for no cap');
   if (q.shape.length === 4 && k.shape.length === 4) {
     if (g === 0 ? h !== 0 : h % g !== 0) {
       misfit('k', `${h} query heads cannot share ${g} key/value heads`, `a divisor of ${h} heads`, `${g} heads`);
     }
-    if (s < t) misfit('k', `${t} queries but only ${s} keys; the queries are the last of the keys' positions`, `at least ${t} keys`, `${s} keys`);
-    if (starts !== undefined && s !== t) misfit('starts', `documents are marked but ${s} keys are not the ${t} queries' own`, 'as many keys as queries', `${s} keys`);
+    if (s < t)
+      misfit(
+        'k',
+        `${t} queries but only ${s} keys; the queries are the last of the keys' positions`,
+        `at least ${t} keys`,
+        `${s} keys`,
+      );
+    if (starts !== undefined && s !== t)
+      misfit(
+        'starts',
+        `documents are marked but ${s} keys are not the ${t} queries' own`,
+        'as many keys as queries',
+        `${s} keys`,
+      );
   }
-  return attentionOp(q, k, v, starts, scale, cap ?? 0, window ?? 0)[0]!;
+  return attentionOp(q, k, v, starts, scale, cap ?? 0, window ?? 0, { outputs: [true, isRecording()] })[0]!;
 }
 
 function option(name: string, value: number, good: boolean, expected: string): void {
   if (good) return;
-  throw new ConfigError(`attention: ${name} is ${value}, expected ${expected}`, { code: 'ERR_CONFIG', op: 'attention', argument: name, expected, actual: String(value) });
+  throw new ConfigError(`attention: ${name} is ${value}, expected ${expected}`, {
+    code: 'ERR_CONFIG',
+    op: 'attention',
+    argument: name,
+    expected,
+    actual: String(value),
+  });
 }
 
 function misfit(argument: string, why: string, expected: string, actual: string): never {

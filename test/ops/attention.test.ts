@@ -1,0 +1,185 @@
+import { expect, test } from 'vitest';
+import { type AttentionOptions, attention } from '../../src/ops/attention.ts';
+import { dot } from '../../src/ops/reduce.ts';
+import { ConfigError, DataError, ShapeError } from '../../src/tensor/errors.ts';
+import { scope } from '../../src/tensor/scope.ts';
+import { valueAndGrad } from '../../src/tensor/tape.ts';
+import { parameter, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
+import { type Array64, array, checkOp, type Input } from './check.ts';
+
+// The definition, a query at a time.
+function attend(q: Array64, k: Array64, v: Array64, starts?: Array64, options: AttentionOptions = {}): Array64 {
+  const [b = 0, t = 0, h = 0, d = 0] = q.shape;
+  const [, s = 0, g = 0] = k.shape;
+  const { scale = d ** -0.5, cap, window } = options;
+  const y = array(q.shape, { length: q.data.length });
+  y.data.fill(0);
+  for (let batch = 0; batch < b; batch++) {
+    for (let i = 0; i < t; i++) {
+      const position = s - t + i;
+      const first = Math.max(starts?.data[batch * t + i] ?? 0, window ? position - window + 1 : 0);
+      for (let head = 0; head < h; head++) {
+        const query = ((batch * t + i) * h + head) * d;
+        const key = (j: number): number => ((batch * s + j) * g + Math.floor(head / (h / g))) * d;
+        const scores: number[] = [];
+        for (let j = first; j <= position; j++) {
+          let score = 0;
+          for (let e = 0; e < d; e++) score += q.data[query + e]! * k.data[key(j) + e]!;
+          scores.push(cap ? cap * Math.tanh((score * scale) / cap) : score * scale);
+        }
+        const top = Math.max(...scores);
+        const weights = scores.map((x) => Math.exp(x - top));
+        const sum = weights.reduce((x, w) => x + w, 0);
+        for (const [j, w] of weights.entries()) {
+          for (let e = 0; e < d; e++) y.data[query + e]! += (w / sum) * v.data[key(first + j) + e]!;
+        }
+      }
+    }
+  }
+  return y;
+}
+
+const inputs = (b: number, t: number, s: number, h: number, g: number, d: number): Input[] => [
+  { shape: [b, t, h, d] },
+  { shape: [b, s, g, d] },
+  { shape: [b, s, g, d] },
+];
+const square = (b: number, t: number, h: number, g: number, d: number): Input[] => inputs(b, t, t, h, g, d);
+
+const options: Record<string, AttentionOptions> = {
+  'attention, causal': {},
+  'attention, window 1': { window: 1 },
+  'attention, window 7, soft cap': { window: 7, cap: 2 },
+  'attention, Gemma 2': { window: 20, cap: 50, scale: 0.2 },
+  'attention, a cap too large to do without a maximum': { cap: 70 },
+};
+for (const [name, option] of Object.entries(options)) {
+  checkOp({
+    name,
+    run: (q, k, v) => attention(q!, k!, v!, option),
+    reference: (q, k, v) => attend(q!, k!, v!, undefined, option),
+    // No tokens, one, groups of 1, 2 and 3, heads of odd sizes, one past a block, several pairs.
+    cases: [
+      square(1, 0, 2, 1, 4),
+      square(1, 1, 1, 1, 1),
+      square(2, 3, 2, 1, 3),
+      square(1, 31, 3, 3, 8),
+      square(2, 65, 6, 2, 17),
+      square(9, 26, 4, 2, 5),
+    ],
+    // A window of 1 has dq = dk = 0: a difference of equals, exact to float32 only beside its terms.
+    gradientTolerance: option.window === 1 ? 4e-5 : 8e-6,
+  });
+}
+
+const lengths = [13, 1, 1, 23, 2];
+const startsOf = (t: number): number[] => {
+  const starts = lengths.flatMap((n, i) => new Array<number>(n).fill(lengths.slice(0, i).reduce((x, y) => x + y, 0)));
+  return Array.from({ length: t }, (_, i) => starts[i] ?? starts.length);
+};
+for (const window of [null, 5]) {
+  checkOp({
+    name: `attention, packed documents, window ${window}`,
+    run: (q, k, v, starts) => attention(q!, k!, v!, { window, cap: 50, starts: starts! }),
+    reference: (q, k, v, starts) => attend(q!, k!, v!, starts, { window, cap: 50 }),
+    cases: [1, 14, 67].map((t) => [
+      ...square(2, t, 4, 2, 6),
+      { shape: [2, t], dtype: 'i32', data: [...startsOf(t), ...new Array<number>(t).fill(0)] },
+    ]),
+    gradientTolerance: 8e-6,
+  });
+}
+
+for (const window of [null, 9]) {
+  checkOp({
+    name: `attention of the last queries, window ${window}`,
+    run: (q, k, v) => attention(q!, k!, v!, { window, cap: 50 }),
+    reference: (q, k, v) => attend(q!, k!, v!, undefined, { window, cap: 50 }),
+    cases: [inputs(2, 1, 1, 2, 1, 4), inputs(1, 1, 600, 4, 2, 10), inputs(2, 1, 33, 3, 1, 64), inputs(2, 5, 70, 6, 2, 16)],
+    gradient: false,
+  });
+}
+
+test('decoding one by one gives what the whole sequence gives', async () => {
+  const random = (n: number): number[] => Array.from({ length: n }, (_, i) => Math.sin(i * 12.9898 + n) * 2);
+  const [t, h, g, d] = [20, 4, 2, 8];
+  const [q, k, v] = [random(t * h * d), random(t * g * d), random(t * g * d)];
+  const whole = attention(tensor(q, [1, t, h, d]), tensor(k, [1, t, g, d]), tensor(v, [1, t, g, d]), { window: 6, cap: 50 });
+  const expected = await whole.read();
+  for (const i of [0, 5, 19]) {
+    const one = scope(() =>
+      attention(
+        tensor(q.slice(i * h * d, (i + 1) * h * d), [1, 1, h, d]),
+        tensor(k.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
+        tensor(v.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
+        { window: 6, cap: 50 },
+      ),
+    );
+    for (const [j, x] of (await one.read()).entries()) expect(x).toBeCloseTo(expected[i * h * d + j]!, 5);
+    one.dispose();
+  }
+});
+
+test('attention gives gradients only to what wants them', async () => {
+  const shape = [1, 5, 2, 4];
+  const fill = (x: number): Tensor =>
+    tensor(
+      Array.from({ length: 40 }, (_, i) => Math.cos(i * x)),
+      shape,
+    );
+  const [q, k, v] = [fill(1), parameter(fill(2)), fill(3)];
+  valueAndGrad(() => dot(attention(q, k, v), fill(4))).dispose();
+  expect(q.grad).toBeUndefined();
+  expect(v.grad).toBeUndefined();
+  expect((await k.grad!.read()).some((x) => x !== 0)).toBe(true);
+  for (const t of [q, k, v]) t.dispose();
+});
+
+test('options out of range are refused with their name', () => {
+  scope(() => {
+    const x = zeros([1, 2, 1, 4]);
+    const refused = (given: AttentionOptions, argument: string): void => {
+      let thrown: unknown;
+      try {
+        attention(x, x, x, given);
+      } catch (error) {
+        thrown = error;
+      }
+      expect(thrown).toBeInstanceOf(ConfigError);
+      expect(thrown).toMatchObject({ op: 'attention', argument });
+    };
+    for (const window of [0, -1, 2.5, Number.NaN, Number.POSITIVE_INFINITY]) refused({ window }, 'window');
+    for (const cap of [0, -50, Number.NaN, Number.POSITIVE_INFINITY]) refused({ cap }, 'cap');
+    for (const scale of [Number.NaN, Number.POSITIVE_INFINITY]) refused({ scale }, 'scale');
+    return [];
+  });
+});
+
+test('shapes that do not fit are refused', () => {
+  scope(() => {
+    const z = (...shape: number[]): Tensor => zeros(shape);
+    expect(() => attention(z(1, 2, 3, 4), z(1, 2, 2, 4), z(1, 2, 2, 4))).toThrow(/3 query heads cannot share 2/);
+    expect(() => attention(z(1, 2, 1, 4), z(1, 2, 0, 4), z(1, 2, 0, 4))).toThrow(ShapeError);
+    expect(() => attention(z(1, 3, 1, 4), z(1, 2, 1, 4), z(1, 2, 1, 4))).toThrow(/3 queries but only 2 keys/);
+    expect(() => attention(z(1, 2, 1, 4), z(1, 2, 1, 8), z(1, 2, 1, 4))).toThrow(ShapeError);
+    expect(() => attention(z(2, 4), z(2, 4), z(2, 4))).toThrow(ShapeError);
+    const starts = zeros([1, 2], 'i32');
+    expect(() => attention(z(1, 2, 1, 4), z(1, 3, 1, 4), z(1, 3, 1, 4), { starts })).toThrow(/documents/);
+    expect(() => attention(z(1, 3, 1, 4), z(1, 3, 1, 4), z(1, 3, 1, 4), { starts })).toThrow(ShapeError);
+    return [];
+  });
+});
+
+test('starts that mark no documents are refused when the result is read', async () => {
+  for (const bad of [
+    [0, 0, 3, 3],
+    [0, 1, 0, 0],
+    [-1, 0, 0, 0],
+  ]) {
+    const x = zeros([1, 4, 1, 4]);
+    const starts = tensor(Int32Array.from(bad), [1, 4]);
+    const y = attention(x, x, x, { starts });
+    await expect(y.read()).rejects.toBeInstanceOf(DataError);
+    for (const t of [x, y, starts]) t.dispose();
+  }
+});
