@@ -64,9 +64,9 @@ pre { overflow: auto; padding: 14px 16px; border-radius: 10px; background: var(-
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); gap: 14px 26px; margin: 0; }
 dt { color: var(--soft); font-size: 12.5px; } dd { margin: 0; overflow-wrap: anywhere; }
 code { color: var(--soft); font-size: 12.5px; }
-@media (max-width: 760px) {
+@media (max-width: 980px) {
   .runs thead { display: none; }
-  .runs tr { display: grid; grid-template-columns: 1fr 1fr; gap: 10px 16px; padding: 14px 0; border-bottom: 1px solid var(--line); }
+  .runs tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)); gap: 10px 16px; padding: 14px 0; border-bottom: 1px solid var(--line); }
   .runs th, .runs td { padding: 0 !important; border: 0; text-align: left; }
   .runs th { grid-column: 1 / -1; }
   .runs td::before { content: attr(data-label); display: block; color: var(--soft); font-size: 12px; }
@@ -130,6 +130,7 @@ export const script = String.raw`
     for (const plot of plots) plot.destroy();
     plots = [];
     charts.textContent = '';
+    const ready = [];
     for (const kind of kinds) {
       const tables = [], series = [{}], rows = [], seen = [];
       runs.forEach((run, i) => {
@@ -168,51 +169,56 @@ export const script = String.raw`
       const yRange = range(kind, seen);
       const axis = { stroke: css('--soft'), font: '12px system-ui, sans-serif', grid: { stroke: css('--grid'), width: 1 }, ticks: { show: false } };
       const size = () => ({ width: box.clientWidth - 28, height: kind.wide ? Math.max(230, Math.min(360, innerWidth * 0.5)) : 220 });
-      const plot = new uPlot({
-        ...size(),
-        legend: { show: false },
-        cursor: { sync: { key: 'limbeck' }, points: { show: false }, y: false, drag: { x: true, y: false } },
-        scales: { x: { time: false }, y: { range: (u, low, high) => (u.zoomed && low != null ? uPlot.rangeNum(low, high, 0.08, true) : yRange) } },
-        axes: [
-          { ...axis, values: (u, ticks) => ticks.map(xText), space: 70, size: 32 },
-          { ...axis, values: (u, ticks) => ticks.map(short), size: 54, gap: 6 },
-        ],
-        series,
-        hooks: {
-          setSelect: [(u) => { if (u.select.width > 0) u.zoomed = true; }],
-          setCursor: [(u) => {
-            const { idx, left, top } = u.cursor;
-            if (idx == null || left < 0) { tip.style.display = 'none'; return; }
-            tip.textContent = '';
-            const at = document.createElement('div');
-            at.className = 'x';
-            at.textContent = (state.x === 'step' ? 'step ' : '') + xText(u.data[0][idx]) + (state.x === 'tokens' ? ' tokens' : '');
-            tip.append(at);
-            rows.forEach((row, j) => {
-              if (!row || !u.series[j + 1].show) return;
-              let k = idx;
-              while (k > 0 && u.data[j + 1][k] == null) k--;
-              const v = u.data[j + 1][k];
-              if (v == null) return;
-              const line = document.createElement('div'), swatch = document.createElement('i'), b = document.createElement('b');
-              swatch.className = 'swatch';
-              swatch.style.background = color(row.run);
-              b.textContent = short(v);
-              line.append(swatch, row.name, b);
-              tip.append(line);
-            });
-            tip.style.display = 'block';
-            const x = left + u.bbox.left / devicePixelRatio + 14, room = box.clientWidth - tip.offsetWidth - 8;
-            tip.style.left = (x + 14 > room ? Math.max(6, x - tip.offsetWidth - 12) : x + 14) + 'px';
-            tip.style.top = Math.max(8, (top > 0 ? top : 0) + 30) + 'px';
-          }],
-        },
-      }, uPlot.join(tables), box);
-      plot.over.addEventListener('dblclick', () => { plot.zoomed = false; });
-      plot.over.addEventListener('mouseleave', () => { tip.style.display = 'none'; });
-      plot.resize = () => plot.setSize(size());
-      plots.push(plot);
+      // A box has its width only when all of them are laid out.
+      ready.push(() => {
+        const plot = new uPlot({
+          ...size(),
+          legend: { show: false },
+          cursor: { sync: { key: 'limbeck' }, points: { show: false }, y: false, drag: { x: true, y: false } },
+          scales: { x: { time: false }, y: { range: (u, low, high) => (u.zoomed && low != null ? uPlot.rangeNum(low, high, 0.08, true) : yRange) } },
+          axes: [
+            { ...axis, values: (u, ticks) => ticks.map(xText), space: 70, size: 32 },
+            { ...axis, values: (u, ticks) => ticks.map(short), size: 54, gap: 6 },
+          ],
+          series,
+          hooks: {
+            setSelect: [(u) => { if (u.select.width > 0) u.zoomed = true; }],
+            setCursor: [(u) => {
+              const { idx, left, top } = u.cursor;
+              if (idx == null || left < 0) { tip.style.display = 'none'; return; }
+              tip.textContent = '';
+              const at = document.createElement('div');
+              at.className = 'x';
+              at.textContent = (state.x === 'step' ? 'step ' : '') + xText(u.data[0][idx]) + (state.x === 'tokens' ? ' tokens' : '');
+              tip.append(at);
+              rows.forEach((row, j) => {
+                if (!row || !u.series[j + 1].show) return;
+                let k = idx;
+                while (k > 0 && u.data[j + 1][k] == null) k--;
+                const v = u.data[j + 1][k];
+                if (v == null) return;
+                const line = document.createElement('div'), swatch = document.createElement('i'), b = document.createElement('b');
+                swatch.className = 'swatch';
+                swatch.style.background = color(row.run);
+                b.textContent = short(v);
+                line.append(swatch, row.name, b);
+                tip.append(line);
+              });
+              tip.style.display = 'block';
+              const x = left + u.bbox.left / devicePixelRatio + 14, room = box.clientWidth - tip.offsetWidth - 8;
+              tip.style.left = (x + 14 > room ? Math.max(6, x - tip.offsetWidth - 12) : x + 14) + 'px';
+              tip.style.top = Math.max(8, (top > 0 ? top : 0) + 30) + 'px';
+            }],
+          },
+        }, uPlot.join(tables), box);
+        plot.over.addEventListener('dblclick', () => { plot.zoomed = false; });
+        plot.over.addEventListener('mouseleave', () => { tip.style.display = 'none'; });
+        const observer = new ResizeObserver(() => { if (size().width !== plot.width) plot.setSize(size()); });
+        observer.observe(box);
+        plots.push({ destroy: () => { observer.disconnect(); plot.destroy(); } });
+      });
     }
+    for (const plot of ready) plot();
   }
 
   function button(text, pressed, click) {
@@ -257,8 +263,6 @@ export const script = String.raw`
   controls();
   paint();
   draw();
-  let width = innerWidth;
-  addEventListener('resize', () => { if (innerWidth !== width) { width = innerWidth; for (const plot of plots) plot.resize(); } });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { paint(); draw(); });
 })();
 `;
