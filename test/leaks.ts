@@ -8,5 +8,6 @@ beforeEach(() => {
 });
 afterEach(({ task }) => {
   // A test that failed could not clean up.
-  if (task.result?.state !== 'fail') expect(memory().tensors, 'tensors alive after the test; LIMBECK_LEAKS=1 tells where they were made').toBe(before);
+  if (task.result?.state !== 'fail')
+    expect(memory().tensors, 'tensors alive after the test; LIMBECK_LEAKS=1 tells where they were made').toBe(before);
 });

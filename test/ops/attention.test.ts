@@ -104,8 +104,11 @@ test('decoding one by one gives what the whole sequence gives', async () => {
   const random = (n: number): number[] => Array.from({ length: n }, (_, i) => Math.sin(i * 12.9898 + n) * 2);
   const [t, h, g, d] = [20, 4, 2, 8];
   const [q, k, v] = [random(t * h * d), random(t * g * d), random(t * g * d)];
-  const whole = attention(tensor(q, [1, t, h, d]), tensor(k, [1, t, g, d]), tensor(v, [1, t, g, d]), { window: 6, cap: 50 });
+  const whole = scope(() =>
+    attention(tensor(q, [1, t, h, d]), tensor(k, [1, t, g, d]), tensor(v, [1, t, g, d]), { window: 6, cap: 50 }),
+  );
   const expected = await whole.read();
+  whole.dispose();
   for (const i of [0, 5, 19]) {
     const one = scope(() =>
       attention(

@@ -95,7 +95,7 @@ test('in place: fill_, copy_, add_', async () => {
   expect(await y.read()).toEqual(Float32Array.from({ length: n }, (_, i) => 2 + 2 * i));
   copy_(y, x);
   expect(await y.read()).toEqual(await x.read());
-  expect(() => add_(y, tensor([1]))).toThrow(ShapeError);
+  expect(() => scope(() => add_(y, tensor([1])))).toThrow(ShapeError);
   x.dispose();
   y.dispose();
 });

@@ -2,6 +2,7 @@ import { expect, test } from 'vitest';
 import { embedding } from '../../src/ops/embedding.ts';
 import { sync } from '../../src/tensor/engine.ts';
 import { DataError, DTypeError, ShapeError } from '../../src/tensor/errors.ts';
+import { scope } from '../../src/tensor/scope.ts';
 import { tensor, zeros } from '../../src/tensor/tensor.ts';
 import { type Array64, array, checkOp, type Input } from './check.ts';
 
@@ -63,14 +64,17 @@ test.each([
   });
   expect((error as Error).message).toContain(text);
   // The engine goes on.
-  const fine = embedding(tensor(Int32Array.of(1)), table);
+  const fineId = tensor(Int32Array.of(1));
+  const fine = embedding(fineId, table);
   expect(await fine.read()).toHaveLength(3);
-  for (const t of [ids, table, y, fine]) t.dispose();
+  for (const t of [ids, table, y, fineId, fine]) t.dispose();
   await sync();
 });
 
 test('ids are i32, a table has two dims', () => {
-  const table = zeros([8, 3]);
-  expect(() => embedding(tensor([1, 2]), table)).toThrow(DTypeError);
-  expect(() => embedding(tensor(Int32Array.of(1)), tensor([1, 2]))).toThrow(ShapeError);
+  scope(() => {
+    const table = zeros([8, 3]);
+    expect(() => embedding(tensor([1, 2]), table)).toThrow(DTypeError);
+    expect(() => embedding(tensor(Int32Array.of(1)), tensor([1, 2]))).toThrow(ShapeError);
+  });
 });
