@@ -18,10 +18,15 @@ constexpr int MR = 6, NV = 2;   // 12 of 16
 #endif
 constexpr int NR = NV * W;
 static_assert(NR == kBlockColumns);
-constexpr int64_t KC = 256;                        // a sliver of B (KC x NR) stays in L1 while strips of A stream past it
-constexpr int64_t MC = 12 * MR;                    // a block of A (MC x KC) stays in L2
+#ifndef XKC
+#define XKC 256
+#define XMC 12
+#endif
+constexpr int64_t KC = XKC;                        // a sliver of B (KC x NR) stays in L1 while strips of A stream past it
+constexpr int64_t MC = XMC * MR;                    // a block of A (MC x KC) stays in L2
 constexpr int64_t kPanelFloats = int64_t{2} << 20; // packed B, shared by all threads: 8 MB, from L3
 constexpr int64_t kDepth = 8192;                   // k packed at once
+constexpr int64_t kGroup = 8;                      // slivers packed by one task
 constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlotA = 1, kSlotB = 2;
 
@@ -37,11 +42,13 @@ struct LoadF32 {
   const float* p;
   LIMBECK_INLINE Vec operator()(int64_t i) const { return load(p + i); }
   LIMBECK_INLINE Vec part(int64_t i, int64_t n) const { return load_part(p + i, n); }
+  LIMBECK_INLINE void fetch(int64_t i) const { __builtin_prefetch(p + i); }
 };
 struct LoadBf16 {
   const uint16_t* p;
   LIMBECK_INLINE Vec operator()(int64_t i) const { return load_bf16(p + i); }
   LIMBECK_INLINE Vec part(int64_t i, int64_t n) const { return load_bf16_part(p + i, n); }
+  LIMBECK_INLINE void fetch(int64_t i) const { __builtin_prefetch(p + i); }
 };
 template <Gate G>
 struct LoadGated {
@@ -49,87 +56,123 @@ struct LoadGated {
   const float* up;
   LIMBECK_INLINE Vec operator()(int64_t i) const { return gate_value<G>(load(gate + i)) * load(up + i); }
   LIMBECK_INLINE Vec part(int64_t i, int64_t n) const { return gate_value<G>(load_part(gate + i, n)) * load_part(up + i, n); }
+  LIMBECK_INLINE void fetch(int64_t i) const {
+    __builtin_prefetch(gate + i);
+    __builtin_prefetch(up + i);
+  }
 };
 
-// ---- Packing: dst[p * ld + lane] = source(lane, p), lanes beyond `lanes` are zero up to a whole vector ----
+// ---- Packing ----
 
-template <class Load>
-void pack_lanes(Load source, int64_t at, int64_t stride, int64_t lanes, int64_t depth, float* dst, int64_t ld) {
-  // Lanes are contiguous.
-  const int64_t whole = lanes / W * W;
-  for (int64_t p = 0; p < depth; ++p, at += stride, dst += ld) {
-    for (int64_t l = 0; l < whole; l += W) store(dst + l, source(at + l));
-    if (whole < lanes) store(dst + whole, source.part(at + whole, lanes - whole));
+// A matrix is packed in bands of lanes (rows of A, columns of B), each band [depth][ld] with ld at least its number of lanes: strips
+// of A have no padding, slivers of B are padded with zeros to whole vectors.
+struct Bands {
+  int64_t count, width, wide;  // the first `wide` bands have width + 1 lanes, the last band ends at `lanes`
+  int64_t lanes;
+  bool padded;
+
+  // As even as possible: a strip that is a little lower costs nothing, an almost empty one costs much.
+  static Bands strips(int64_t rows) {
+    const int64_t count = ceil_div(rows, MR);
+    return {count, rows / count, rows % count, rows, false};
+  }
+  static Bands slivers(int64_t cols) { return {ceil_div(cols, NR), NR, 0, cols, true}; }
+  int64_t at(int64_t s) const { return s * width + least(s, wide); }
+  int64_t of(int64_t s) const { return least(lanes - at(s), width + (s < wide)); }
+  int64_t stride(int64_t s) const { return padded ? ceil_div(of(s), W) * W : of(s); }
+};
+
+// Writes n <= W lanes of a strip. Whole vectors are fastest: what spills over lies in the next row, which is written later.
+LIMBECK_INLINE void put(float* d, Vec v, int64_t n, bool spill) {
+  if (spill) {
+    store(d, v);
+  } else {
+    float lane[W];
+    store(lane, v);
+    for (int64_t i = 0; i < n; ++i) d[i] = lane[i];
   }
 }
 
+// Lanes are contiguous: rows of the source are read along, for all bands, a few at a time.
 template <class Load>
-void pack_depth(Load source, int64_t at, int64_t stride, int64_t lanes, int64_t depth, float* dst, int64_t ld) {
-  // k is contiguous: W x W blocks are transposed in registers.
-  for (int64_t p = 0; p < depth; p += W) {
-    const int64_t n = depth - p;
-    for (int64_t l = 0; l < lanes; l += W) {
-      Vec v[W];
-      const int64_t from = at + l * stride + p;
-      if (n >= W && lanes - l >= W) {
-        for (int i = 0; i < W; ++i) v[i] = source(from + i * stride);
-      } else {
-        for (int i = 0; i < W; ++i) {
-          if (i >= lanes - l) v[i] = Vec{};
-          else v[i] = n >= W ? source(from + i * stride) : source.part(from + i * stride, n);
+void pack_lanes(Load source, int64_t at, int64_t stride, Bands bands, int64_t depth, float* dst) {
+  constexpr int64_t kRows = 8, kAhead = 16;
+  for (int64_t p0 = 0; p0 < depth; p0 += kRows) {
+    const int64_t rows = least(kRows, depth - p0);
+    for (int64_t s = 0; s < bands.count; ++s) {
+      const int64_t first = bands.at(s), lanes = bands.of(s), ld = bands.stride(s);
+      const bool inside = first + ceil_div(lanes, W) * W <= bands.lanes;  // whole vectors can be read
+      int64_t from = at + p0 * stride + first;
+      float* d = dst + first * depth + p0 * ld;
+      for (int64_t p = 0; p < rows; ++p, from += stride, d += ld) {
+        const bool spill = bands.padded || p0 + p + 1 < depth;
+        for (int64_t l = 0; l < lanes; l += W) {
+          const int64_t n = lanes - l;
+          source.fetch(from + l + kAhead * stride);
+          const Vec v = inside || n >= W ? source(from + l) : source.part(from + l, n);
+          put(d + l, v, n, spill || n >= W);
         }
-      }
-      transpose(v);
-      float* d = dst + p * ld + l;
-      if (MR > W && l > 0 && l + W > ld) {  // must not spill into the next row, which already has its first lanes
-        for (int i = 0; i < W; ++i)
-          if (i < n) store_part(d + i * ld, v[i], ld - l);
-      } else if (n >= W) {
-        for (int i = 0; i < W; ++i) store(d + i * ld, v[i]);
-      } else {
-        for (int i = 0; i < W; ++i)
-          if (i < n) store(d + i * ld, v[i]);
       }
     }
   }
 }
 
+// k is contiguous: W x W blocks are transposed in registers.
 template <class Load>
-void pack(Load source, int64_t at, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t depth, float* dst, int64_t ld) {
-  if (lane_stride == 1) pack_lanes(source, at, k_stride, lanes, depth, dst, ld);
-  else pack_depth(source, at, lane_stride, lanes, depth, dst, ld);
+void pack_depth(Load source, int64_t at, int64_t stride, Bands bands, int64_t depth, float* dst) {
+  for (int64_t s = 0; s < bands.count; ++s) {
+    const int64_t first = bands.at(s), lanes = bands.of(s), ld = bands.stride(s);
+    for (int64_t p = 0; p < depth; p += W) {
+      const int64_t n = depth - p;
+      for (int64_t l = 0; l < lanes; l += W) {
+        Vec v[W];
+        const int64_t rows = lanes - l, from = at + (first + l) * stride + p;
+        if (n >= W && rows >= W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) {
+            source.fetch(from + (i + lanes) * stride);  // the next band
+            v[i] = source(from + i * stride);
+          }
+        } else if (n >= W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) {
+            source.fetch(from + (i + lanes) * stride);
+            v[i] = i < rows ? source(from + i * stride) : Vec{};
+          }
+        } else {
+          for (int i = 0; i < W; ++i) v[i] = i < rows ? source.part(from + i * stride, n) : Vec{};
+        }
+        transpose(v);
+        float* d = dst + first * depth + p * ld + l;
+        // A second vector of a strip must not spill into the next row, which has its first lanes already.
+        const bool spill = bands.padded || MR <= W || l == 0 || rows >= W;
+        if (n >= W && spill) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store(d + i * ld, v[i]);
+        } else {
+          for (int i = 0; i < least(n, W); ++i) put(d + i * ld, v[i], rows, spill);
+        }
+      }
+    }
+  }
 }
 
-void pack(const Matrix& x, int64_t at, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t depth, float* dst, int64_t ld) {
-  const auto go = [&](auto source) { pack(source, at, lane_stride, k_stride, lanes, depth, dst, ld); };
+void pack(const Matrix& x, int64_t at, int64_t lane_stride, int64_t k_stride, Bands bands, int64_t depth, float* dst) {
+  const auto go = [&](auto source) {
+    if (lane_stride == 1) pack_lanes(source, at, k_stride, bands, depth, dst);
+    else pack_depth(source, at, lane_stride, bands, depth, dst);
+  };
   if (x.up && x.gate == static_cast<int>(Gate::silu)) go(LoadGated<Gate::silu>{static_cast<const float*>(x.data), x.up});
   else if (x.up) go(LoadGated<Gate::gelu_tanh>{static_cast<const float*>(x.data), x.up});
   else if (x.dtype == DType::bf16) go(LoadBf16{static_cast<const uint16_t*>(x.data)});
   else go(LoadF32{static_cast<const float*>(x.data)});
 }
 
-// Rows [i0, i0 + rows) in strips, each [depth][height]. Vectors are stored whole: what spills over is overwritten by the next row,
-// so strips are packed in order, and the buffer has W floats to spare.
-struct Strips {
-  int64_t count, height, tall;  // the first `tall` strips have height + 1 rows
-  explicit Strips(int64_t rows) : count(ceil_div(rows, MR)), height(rows / count), tall(rows % count) {}
-  int64_t at(int64_t s) const { return s * height + least(s, tall); }
-  int of(int64_t s) const { return static_cast<int>(height + (s < tall)); }
-};
-
 void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
-  const Strips strips(rows);
-  for (int64_t s = 0; s < strips.count; ++s) {
-    const int64_t r = strips.at(s);
-    pack(a, (i0 + r) * a.row_stride + p0 * a.col_stride, a.row_stride, a.col_stride, strips.of(s), depth, dst + r * depth, strips.of(s));
-  }
+  pack(a, i0 * a.row_stride + p0 * a.col_stride, a.row_stride, a.col_stride, Bands::strips(rows), depth, dst);
 }
-
-// Columns [j0, j0 + cols), cols <= NR, in one sliver [depth][width], width = cols in whole vectors.
-constexpr int64_t width_of(int64_t cols) { return ceil_div(cols, W) * W; }
-
 void pack_b(const Matrix& b, int64_t p0, int64_t depth, int64_t j0, int64_t cols, float* dst) {
-  pack(b, p0 * b.row_stride + j0 * b.col_stride, b.col_stride, b.row_stride, cols, depth, dst, width_of(cols));
+  pack(b, p0 * b.row_stride + j0 * b.col_stride, b.col_stride, b.row_stride, Bands::slivers(cols), depth, dst);
 }
 
 // ---- The micro-kernel: R rows by V vectors of C ----
@@ -145,7 +188,10 @@ void multiply(int64_t depth, const float* a, const float* b, float* c, int64_t l
   Vec acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
-  for (int r = 0; r < R; ++r) __builtin_prefetch(c + r * ldc, 1);
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(c + r * ldc, 1);
+    if (V > 1) __builtin_prefetch(c + r * ldc + (V - 1) * W, 1);
+  }
   for (int64_t p = 0; p < depth; ++p, a += R, b += V * W) {
     Vec x[V];
 #pragma GCC unroll 4
@@ -164,7 +210,7 @@ void multiply(int64_t depth, const float* a, const float* b, float* c, int64_t l
       const int64_t n = cols - v * W;
       float* d = c + r * ldc + v * W;
       Vec y = acc[r][v] * tile.alpha;
-      if (n >= W) {
+      if (n >= W) [[likely]] {
         if (tile.bias) y += load(tile.bias + v * W);
         if (tile.add) y += load(d);
         store(d, y);
@@ -196,7 +242,6 @@ constexpr Multiplies kMultiply = table_of();
 
 // ---- Blocks ----
 
-// A block of packed A (rows from i0) by slivers [s0, s1) of packed B, whose first column is column j0 of C.
 struct Product {
   Matrix a, b;
   int64_t m, n, k;
@@ -204,18 +249,18 @@ struct Product {
   int64_t ldc;
   const GemmOptions* options;
 
-  // `panel` holds columns [j0, j0 + cols) of B in slivers [depth_all][width]; this part of k starts `skip` rows into it.
-  void block(const float* strips_of_a, int64_t i0, int64_t rows, const float* panel, int64_t depth_all, int64_t skip, int64_t j0,
-             int64_t cols, int64_t s0, int64_t s1, int64_t p0, int64_t depth) const {
-    const Strips strips(rows);
+  // A packed block of A, rows from i0, by slivers [s0, s1) of a packed part of B whose columns [0, cols) are C's from j0.
+  void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t j0, int64_t cols, int64_t s0, int64_t s1,
+             int64_t p0, int64_t depth) const {
+    const Bands strips = Bands::strips(rows), slivers = Bands::slivers(cols);
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t wide = least(NR, cols - s * NR), width = width_of(wide), j = j0 + s * NR;
-      const float* sliver = panel + s * NR * depth_all + skip * width;
+      const int64_t j = j0 + slivers.at(s);
       const Tile tile{options->alpha, p0 == 0 && options->bias ? options->bias + j : nullptr, p0 > 0 || options->accumulate};
+      const float* sliver = b_part + slivers.at(s) * depth;
+      const int64_t vectors = slivers.stride(s) / W, wide = slivers.of(s);
       for (int64_t t = 0; t < strips.count; ++t) {
-        const int64_t r = strips.at(t);
-        const int height = strips.of(t);
-        kMultiply.by[height - 1][width / W - 1](depth, strips_of_a + r * depth, sliver, c + (i0 + r) * ldc + j, ldc, wide, tile);
+        const int64_t r = strips.at(t), height = strips.of(t);
+        kMultiply.by[height - 1][vectors - 1](depth, a_block + r * depth, sliver, c + (i0 + r) * ldc + j, ldc, wide, tile);
       }
     }
   }
@@ -262,11 +307,12 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     if (col_blocks == 1 && row_blocks > 1 && row_blocks < 16 * threads.size())
       row_blocks = least(m, ceil_div(row_blocks, threads.size()) * threads.size());
 
+    const int64_t padded = ceil_div(cols, W) * W;
     for (int64_t d0 = 0; d0 < k; d0 += depth_max) {
-      const int64_t deep = least(depth_max, k - d0);
-      threads.parallel(slivers, [&](int64_t s, int) {
-        const int64_t wide = least(NR, cols - s * NR);
-        pack_b(b, d0, deep, j0 + s * NR, wide, panel + s * NR * deep);
+      const int64_t deep = least(depth_max, k - d0), parts = ceil_div(deep, part), groups = ceil_div(slivers, kGroup);
+      threads.parallel(parts * groups, [&](int64_t task, int) {
+        const int64_t p = task / groups * part, depth = least(part, deep - p), j = task % groups * (kGroup * NR);
+        pack_b(b, d0 + p, depth, j0 + j, least(kGroup * NR, cols - j), panel + p * padded + j * depth);
       });
       threads.parallel(row_blocks * col_blocks, [&](int64_t task, int thread) {
         const int64_t rb = task / col_blocks, cb = task % col_blocks;
@@ -276,7 +322,7 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
         for (int64_t p = 0; p < deep; p += part) {
           const int64_t depth = least(part, deep - p);
           pack_a(a, i0, i1 - i0, d0 + p, depth, strips);
-          product.block(strips, i0, i1 - i0, panel, deep, p, j0, cols, s0, s1, d0 + p, depth);
+          product.block(strips, i0, i1 - i0, panel + p * padded, j0, cols, s0, s1, d0 + p, depth);
         }
         if (d0 + deep == k) product.hook(i0, j0 + s0 * NR, i1 - i0, least(cols, s1 * NR) - s0 * NR, thread);
       });
@@ -297,11 +343,11 @@ void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matri
     const int64_t cols = least(kSerialCols, n - j0), slivers = ceil_div(cols, NR);
     for (int64_t p = 0; p < k; p += part) {
       const int64_t depth = least(part, k - p);
-      for (int64_t s = 0; s < slivers; ++s) pack_b(b, p, depth, j0 + s * NR, least(NR, cols - s * NR), panel + s * NR * depth);
+      pack_b(b, p, depth, j0, cols, panel);
       for (int64_t i0 = 0; i0 < m; i0 += MC) {
         const int64_t rows = least(MC, m - i0);
         pack_a(a, i0, rows, p, depth, strips);
-        product.block(strips, i0, rows, panel, depth, 0, j0, cols, 0, slivers, p, depth);
+        product.block(strips, i0, rows, panel, j0, cols, 0, slivers, p, depth);
         if (p + depth == k) product.hook(i0, j0, rows, cols, 0);
       }
     }
