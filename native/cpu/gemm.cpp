@@ -18,14 +18,12 @@ constexpr int MR = 6, NV = 2;   // 12 of 16
 #endif
 constexpr int NR = NV * W;
 static_assert(NR == kBlockColumns);
-#ifndef XKC
-#define XKC 256
-#define XMC 12
+#if defined(__AVX512F__)
+constexpr int64_t KC = 512, MC = 6 * MR;            // a block of A (MC x KC) stays in L2, and a sliver of B (KC x NR) near L1
+#else
+constexpr int64_t KC = 256, MC = 12 * MR;
 #endif
-constexpr int64_t KC = XKC;                        // a sliver of B (KC x NR) stays in L1 while strips of A stream past it
-constexpr int64_t MC = XMC * MR;                    // a block of A (MC x KC) stays in L2
-constexpr int64_t kPanelFloats = int64_t{2} << 20; // packed B, shared by all threads: 8 MB, from L3
-constexpr int64_t kDepth = 8192;                   // k packed at once
+constexpr int64_t kPanelFloats = int64_t{1} << 18;  // packed B, shared by all threads, passes through L2: 1 MB
 constexpr int64_t kGroup = 8;                      // slivers packed by one task
 constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlotA = 1, kSlotB = 2;
@@ -289,11 +287,11 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   const Product product{a, b, m, n, k, c, ldc, &options};
   if (k <= 0) return product.empty();
 
-  const int64_t part = part_of(k), depth_max = least(k, kDepth / part * part);
-  const int64_t panel_cols = [&] {
-    const int64_t most = kPanelFloats / depth_max / NR * NR;
-    return ceil_div(ceil_div(n, ceil_div(n, most > NR ? most : NR)), NR) * NR;
-  }();
+  // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
+  // An activation is made once for each panel of columns: fewer and larger panels then.
+  const int64_t part = part_of(k), floats = kPanelFloats * (a.up ? 8 : 1), most = floats / part;
+  const int64_t panel_cols = ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
+  const int64_t depth_max = least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
   float* const panel = static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
 
   for (int64_t j0 = 0; j0 < n; j0 += panel_cols) {
