@@ -19,16 +19,6 @@
 using namespace limbeck;
 using namespace limbeck::cpu::LIMBECK_ISA;
 
-#define EXPECT(condition, ...)                          \
-  do {                                                  \
-    if (!(condition)) {                                 \
-      check::failed = true;                             \
-      std::printf("  %s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                         \
-      std::printf("\n");                               \
-    }                                                   \
-  } while (0)
-
 static std::mt19937 rng(7);
 static float uniform() { return std::uniform_real_distribution<float>(-1.f, 1.f)(rng); }
 
@@ -144,7 +134,7 @@ static void check_product(int64_t m, int64_t n, int64_t k, bool at, bool bt, DTy
   const std::string what = std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + (at ? " A^T" : "") + (bt ? " B^T" : "") +
                            (bd == DType::bf16 ? " bf16" : "") + (bias ? " bias" : "") + (accumulate ? " +=" : "") + " gate " + std::to_string(gate);
   for (int run = 1; run < 4; ++run)
-    EXPECT(results[0].empty() || std::memcmp(results[0].data(), results[run].data(), results[0].size() * 4) == 0, "%s: run %d has other bits",
+    CHECK(results[0].empty() || std::memcmp(results[0].data(), results[run].data(), results[0].size() * 4) == 0, "%s: run %d has other bits",
           what.c_str(), run);
   double worst = 0;
   for (int64_t i = 0; i < m; ++i) {
@@ -154,14 +144,14 @@ static void check_product(int64_t m, int64_t n, int64_t k, bool at, bool bt, DTy
       if (!(e <= worst)) worst = e;
       const int calls = seen[static_cast<size_t>(i * n + j)];
       if (calls != 4) {
-        EXPECT(calls == 4, "%s: hook saw %d,%d %d times", what.c_str(), static_cast<int>(i), static_cast<int>(j), calls);
+        CHECK(calls == 4, "%s: hook saw %d,%d %d times", what.c_str(), static_cast<int>(i), static_cast<int>(j), calls);
         return;
       }
     }
     for (int64_t j = n; j < ldc && i + 1 < m; ++j)
-      EXPECT(results[0][static_cast<size_t>(i * ldc + j)] == start[static_cast<size_t>(i * ldc + j)], "%s: wrote beyond a row", what.c_str());
+      CHECK(results[0][static_cast<size_t>(i * ldc + j)] == start[static_cast<size_t>(i * ldc + j)], "%s: wrote beyond a row", what.c_str());
   }
-  EXPECT(worst < (gate >= 0 ? 1e-6 : 4e-7), "%s: error %g", what.c_str(), worst);
+  CHECK(worst < (gate >= 0 ? 1e-6 : 4e-7), "%s: error %g", what.c_str(), worst);
 }
 
 TEST(products) {
@@ -195,7 +185,7 @@ TEST(products) {
 TEST(thread_pool) {
   for (const int threads : {1, 2, 3, 5}) {
     ThreadPool pool(threads);
-    EXPECT(pool.size() == threads, "size %d", pool.size());
+    CHECK(pool.size() == threads, "size %d", pool.size());
     for (int job = 0; job < 20000; ++job) {
       const int64_t tiles = job % 7 == 0 ? 100 : job % 5;
       std::atomic<int64_t> total{0};
@@ -204,7 +194,7 @@ TEST(thread_pool) {
         total.fetch_add(tile + 1, std::memory_order_relaxed);
       });
       if (total != tiles * (tiles + 1) / 2) {
-        EXPECT(false, "job %d of %d threads: tiles lost or repeated", job, threads);
+        CHECK(false, "job %d of %d threads: tiles lost or repeated", job, threads);
         return;
       }
       if (job % 4000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // let the workers fall asleep
@@ -218,27 +208,27 @@ TEST(thread_pool) {
       } catch (int tile) {
         caught = tile;
       }
-      EXPECT(caught == 7, "%d was thrown", caught);
+      CHECK(caught == 7, "%d was thrown", caught);
       bool refused = false;
       try {
         pool.parallel(3, [&](int64_t, int) { pool.parallel(1, [](int64_t, int) {}); });
       } catch (const Error& e) {
         refused = e.code == "ERR_POOL_BUSY";
       }
-      EXPECT(refused, "a nested call was not refused");
+      CHECK(refused, "a nested call was not refused");
     }
     int64_t many = 0;
     std::vector<int64_t> count(static_cast<size_t>(threads) * 16);
     pool.parallel(int64_t{40} << 20, [&](int64_t, int thread) { ++count[static_cast<size_t>(thread) * 16]; });
     for (int64_t c : count) many += c;
-    EXPECT(many == int64_t{40} << 20, "%lld tiles were run", static_cast<long long>(many));
+    CHECK(many == int64_t{40} << 20, "%lld tiles were run", static_cast<long long>(many));
     std::vector<void*> seen;
     for (int t = 0; t < threads; ++t)
       for (int slot = 0; slot < ThreadPool::kSlots; ++slot) {
         void* p = pool.scratch(t, 1000, slot);
-        EXPECT(reinterpret_cast<uintptr_t>(p) % 64 == 0, "not aligned");
-        EXPECT(pool.scratch(t, 10, slot) == p, "moved");
-        for (void* other : seen) EXPECT(other != p, "shared");
+        CHECK(reinterpret_cast<uintptr_t>(p) % 64 == 0, "not aligned");
+        CHECK(pool.scratch(t, 10, slot) == p, "moved");
+        for (void* other : seen) CHECK(other != p, "shared");
         seen.push_back(p);
       }
   }
@@ -247,4 +237,3 @@ TEST(thread_pool) {
     if (i % 2) pool.parallel(i, [](int64_t, int) {});
   }
 }
-
