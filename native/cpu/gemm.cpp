@@ -280,12 +280,150 @@ struct Product {
 
 constexpr int64_t kBlockFloats = MC * KC + W;
 
+// ---- Few rows: nothing is worth packing, so B streams past once ----
+
+constexpr int kFew = 8;
+constexpr int64_t kFewFloats = KC * kSerialCols;  // rows of A that must be copied fit in gemm_serial's scratch
+
+LIMBECK_INLINE void finish(const Product& q, int64_t i, int64_t j, float x) {
+  float& c = q.c[i * q.ldc + j];
+  x *= q.options->alpha;
+  if (q.options->bias) x += q.options->bias[j];
+  c = q.options->accumulate ? c + x : x;
+}
+
+// k is contiguous in both: J columns of B with R rows of A at a time, as dot products.
+template <int R, int J, class Load>
+void dots(const Product& q, Load b, const float* a, int64_t lda, int64_t i0, int64_t j) {
+  Vec acc[R][J];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < J; ++c) acc[r][c] = Vec{};
+  const int64_t stride = q.b.col_stride, from = j * stride;
+  int64_t p = 0;
+  for (; p + W <= q.k; p += W) {
+    Vec y[J];
+#pragma GCC unroll 4
+    for (int c = 0; c < J; ++c) {
+      b.fetch(from + c * stride + p + 512);
+      y[c] = b(from + c * stride + p);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = load(a + (i0 + r) * lda + p);
+#pragma GCC unroll 4
+      for (int c = 0; c < J; ++c) acc[r][c] += x * y[c];
+    }
+  }
+  if (p < q.k) {
+    const int64_t n = q.k - p;
+#pragma GCC unroll 4
+    for (int c = 0; c < J; ++c) {
+      const Vec y = b.part(from + c * stride + p, n);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][c] += load_part(a + (i0 + r) * lda + p, n) * y;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < J; ++c) finish(q, i0 + r, j + c, sum(acc[r][c]));
+}
+
+// Columns are contiguous in B: V vectors of C with R rows of A at a time.
+template <int R, int V, class Load>
+void lanes(const Product& q, Load b, const float* a, int64_t lda, int64_t i0, int64_t j, int64_t cols) {
+  Vec acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+  const int64_t stride = q.b.row_stride;
+  int64_t from = j;
+  for (int64_t p = 0; p < q.k; ++p, from += stride) {
+    Vec y[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      b.fetch(from + v * W + 16 * stride);
+      y[v] = cols == V * W ? b(from + v * W) : b.part(from + v * W, cols - v * W);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(a[(i0 + r) * lda + p]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += x * y[v];
+    }
+  }
+  float line[V * W];
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(line + v * W, acc[r][v]);
+    for (int64_t c = 0; c < cols; ++c) finish(q, i0 + r, j + c, line[c]);
+  }
+}
+
+template <int R, class Load>
+void few_rows(const Product& q, Load b, const float* a, int64_t lda, int64_t i0, int64_t j0, int64_t j1) {
+  constexpr int J = W >= 16 || R <= 2 ? 4 : 2;
+  int64_t j = j0;
+  if (q.b.row_stride == 1 && (q.b.col_stride != 1 || q.n == 1)) {
+    for (; j + J <= j1; j += J) dots<R, J>(q, b, a, lda, i0, j);
+    for (; j < j1; ++j) dots<R, 1>(q, b, a, lda, i0, j);
+  } else {
+    constexpr int V = W >= 16 || R <= 2 ? 4 : 2;
+    for (; j + V * W <= j1; j += V * W) lanes<R, V>(q, b, a, lda, i0, j, V * W);
+    for (; j < j1; j += W) lanes<R, 1>(q, b, a, lda, i0, j, least(W, j1 - j));
+  }
+}
+
+// Columns [j0, j1) for all rows; `a` holds the rows, contiguous.
+void few(const Product& q, const float* a, int64_t lda, int64_t j0, int64_t j1) {
+  const auto go = [&](auto b) {
+    int64_t i = 0;
+    for (; i + 4 <= q.m; i += 4) few_rows<4>(q, b, a, lda, i, j0, j1);
+    if (q.m - i == 3) few_rows<3>(q, b, a, lda, i, j0, j1);
+    else if (q.m - i == 2) few_rows<2>(q, b, a, lda, i, j0, j1);
+    else if (q.m - i == 1) few_rows<1>(q, b, a, lda, i, j0, j1);
+  };
+  if (q.b.dtype == DType::bf16) go(LoadBf16{static_cast<const uint16_t*>(q.b.data)});
+  else go(LoadF32{static_cast<const float*>(q.b.data)});
+}
+
+// Whether this path is taken, by shapes and layout alone.
+bool is_plain(const Matrix& a) { return a.col_stride == 1 && a.dtype == DType::f32 && !a.up; }
+bool is_few(const Product& q) { return q.m <= kFew && !q.b.up && (is_plain(q.a) || q.m * q.k <= kFewFloats); }
+
+// The rows of A, copied into `to` unless they can be read where they are.
+const float* rows_of_a(const Product& q, float* to, int64_t& lda) {
+  lda = q.a.row_stride;
+  if (is_plain(q.a)) return static_cast<const float*>(q.a.data);
+  lda = q.k;
+  for (int64_t i = 0; i < q.m; ++i)
+    pack(q.a, i * q.a.row_stride, q.a.col_stride, 1, Bands{1, q.k, 0, q.k, false}, 1, to + i * q.k);
+  return to;
+}
+
 }  // namespace
 
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
   if (m <= 0 || n <= 0) return;
   const Product product{a, b, m, n, k, c, ldc, &options};
   if (k <= 0) return product.empty();
+
+  if (is_few(product)) {
+    int64_t lda;
+    const bool copy = !is_plain(a);
+    const float* rows = rows_of_a(product, copy ? static_cast<float*>(threads.scratch(0, static_cast<size_t>(m * k + W) * 4, kSlotA)) : nullptr, lda);
+    // A task reads some 64 KB of B.
+    const int64_t width = ceil_div(least(n, (int64_t{1} << 14) / k + 1), 2 * NR) * 2 * NR;
+    threads.parallel(ceil_div(n, width), [&](int64_t task, int thread) {
+      const int64_t j0 = task * width, j1 = least(n, j0 + width);
+      few(product, rows, lda, j0, j1);
+      product.hook(0, j0, m, j1 - j0, thread);
+    });
+    return;
+  }
 
   // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
   // An activation is made once for each panel of columns: fewer and larger panels then.
@@ -335,6 +473,12 @@ void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matri
   const Product product{a, b, m, n, k, c, ldc, &options};
   if (k <= 0) return product.empty();
   float* const panel = static_cast<float*>(scratch);
+  if (is_few(product)) {
+    int64_t lda;
+    const float* rows = rows_of_a(product, panel, lda);
+    few(product, rows, lda, 0, n);
+    return product.hook(0, 0, m, n, 0);
+  }
   float* const strips = panel + KC * kSerialCols;
   const int64_t part = part_of(k);
   for (int64_t j0 = 0; j0 < n; j0 += kSerialCols) {
