@@ -54,7 +54,7 @@ export async function* distill(input: RunInput | DistillConfig, options: LoopOpt
         data,
         teacherParameters: teacher.parameters.count,
         resume,
-        pinned: pinnedFacts(run, tokenizer, to),
+        pinned: pinnedFacts(run, tokenizer),
         loss: (batch) => distillationLoss(from, to, batch, run),
         evaluate: () =>
 evaluateModel(to, opened.validation(limit(run)), { teacher: from }),

@@ -46,7 +46,7 @@ export async function* pretrain(input: RunInput | PretrainConfig, options: LoopO
         tokenizer,
         data,
         resume,
-        pinned: pinnedFacts(run, tokenizer, own),
+        pinned: pinnedFacts(run, tokenizer),
         loss: (batch) => textLoss(own, batch, run.recompute),
         evaluate: () => evaluateModel(own, opened.validation(limit(run))),
       },

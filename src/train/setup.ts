@@ -6,7 +6,7 @@ import { jsonl } from '../data/jsonl.ts';
 import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
 import type { Gemma2Config } from '../models/gemma2.ts';
-import { type LanguageModel, modelConfig } from '../models/model.ts';
+import { modelConfig } from '../models/model.ts';
 import { ConfigError, DeviceError } from '../tensor/errors.ts';
 import { init, native, started } from '../tensor/engine.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
@@ -108,12 +108,13 @@ export function runModelConfig(run: RunConfig, tokenizer: Tokenizer): Gemma2Conf
 }
 
 /** What a resumed run must share with its first part, as digests by field. */
-export function pinnedFacts(run: RunConfig, tokenizer: Tokenizer, model: LanguageModel): Record<string, string> {
+export function pinnedFacts(run: RunConfig, tokenizer: Tokenizer): Record<string, string> {
   const digest = (value: unknown): string => createHash('sha256').update(JSON.stringify(value)).digest('hex').slice(0, 16);
   return {
     kind: run.kind,
     seed: String(run.seed),
-    model: digest(Object.entries(model.config).sort()),
+    // What the run asks for, not what the checkpoint holds: a changed run file must not go unnoticed.
+    model: digest(Object.entries(runModelConfig(run, tokenizer)).sort()),
     tokenizer: tokenizer.fingerprint,
     batch: digest(run.batch),
     ...(run.kind === 'distill' ? { distill: digest(run.distill) } : {}),

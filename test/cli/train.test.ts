@@ -158,6 +158,8 @@ export default { ...rest, kind: 'distill', name: 'student', output: 'student', s
 });
 
 test('what cannot work is told with its code', async () => {
+  const other = await limbeck(['pretrain', teacher, '--set', 'model.hidden=48']);
+  expect([other.code, other.err]).toEqual([1, expect.stringContaining('was made with another model than this run has')]);
   const none = await limbeck(['generate', join(folder, 'nothing'), '--prompt', 'x']);
   expect([none.code, none.err]).toEqual([1, expect.stringContaining('error ERR_CHECKPOINT: ')]);
   const empty = await limbeck(['pretrain', teacher, '--set', 'data.text=nowhere/*.txt', '--set', 'output=none']);
