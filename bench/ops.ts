@@ -33,6 +33,7 @@ import {
   valueAndGrad,
   zeroGrad,
 } from '../src/index.ts';
+import { native } from '../src/tensor/engine.ts';
 import { appendResults, type Result, spread } from './results.ts';
 
 /** One kernel that is timed. */
@@ -264,8 +265,7 @@ async function ceilings(): Promise<{ flops: number; bytes: number; threads: numb
     bytes.push((8 * x.size) / times.find((t) => t.op === 'copy')!.seconds);
   }
   x.dispose();
-  const { backendInfo } = await import('../src/tensor/info.ts');
-  return { flops: Math.max(...flops), bytes: Math.max(...bytes), threads: backendInfo().threads ?? 1 };
+  return { flops: Math.max(...flops), bytes: Math.max(...bytes), threads: native().info().threads ?? 1 };
 }
 
 const peak = await ceilings();
