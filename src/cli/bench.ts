@@ -11,6 +11,9 @@ export const bench = command({
   meta: { name: 'bench', description: 'Time every op: GFLOP/s or GB/s, and the share of what this machine can do.' },
   args: {
     filter: { type: 'string', description: 'Only ops whose name contains this.', valueHint: 'text' },
+    rounds: { type: 'string', description: 'Timed rounds, of which the median is shown. Default 7.', valueHint: 'n' },
+    threads: { type: 'string', description: 'Threads. Default: the cores of the machine.', valueHint: 'n' },
+    save: { type: 'boolean', description: 'Append to bench/results.csv.' },
     ...commonArguments,
   },
   examples: `
@@ -30,7 +33,11 @@ limbeck bench --filter attention --json
         },
       );
     }
-    const child = spawn(process.execPath, ['--import', 'jiti/register', script, ...rawArgs], { stdio: 'inherit', cwd: root });
+    const child = spawn(
+      process.execPath,
+      ['--import', 'jiti/register', script, ...rawArgs.filter((argument) => argument !== '--debug')],
+      { stdio: 'inherit', cwd: root },
+    );
     const code = await new Promise<number>((resolve, reject) => {
       child.on('error', reject);
       child.on('exit', (status, signal) => resolve(status ?? (signal === 'SIGINT' ? 130 : 1)));
