@@ -3,6 +3,14 @@
 #include "cpu/gate.h"
 #include "cpu/simd.h"
 
+#if defined(LIMBECK_BLAS_ACCELERATE)
+#include <Accelerate/Accelerate.h>
+#elif defined(LIMBECK_BLAS_MKL)
+#include <mkl_cblas.h>
+#elif defined(LIMBECK_BLAS_CBLAS)
+#include <cblas.h>
+#endif
+
 // The product is cut as in Goto's scheme: B is packed once, by all threads, into slivers of NR columns; then each task packs
 // blocks of A (kept in its own L2) into strips of at most MR rows and multiplies strips by slivers in registers. An element of C is
 // always one chain of multiply-adds over each KC of k, in order, however the rest is cut: so the bits depend on k alone.
@@ -404,6 +412,29 @@ const float* rows_of_a(const Product& q, float* to, int64_t& lda) {
   return to;
 }
 
+#if defined(LIMBECK_BLAS_CBLAS)
+// ---- A BLAS of the system, for plain products; its bits and its threads are its own ----
+
+int64_t stride_of(const Matrix& x, bool trans, int64_t rows, int64_t cols) {
+  const int64_t line = trans ? rows : cols, stride = trans ? x.col_stride : x.row_stride;
+  return stride > line ? stride : line;
+}
+
+bool vendor(const Product& q) {
+  const Matrix &a = q.a, &b = q.b;
+  const GemmOptions& o = *q.options;
+  constexpr int64_t most = INT32_MAX;
+  if (a.dtype != DType::f32 || b.dtype != DType::f32 || a.up || b.up || o.bias || o.hook.run) return false;
+  const bool at = a.col_stride != 1, bt = b.col_stride != 1;
+  const int64_t lda = stride_of(a, at, q.m, q.k), ldb = stride_of(b, bt, q.k, q.n);
+  if (q.m > most || q.n > most || q.k > most || lda > most || ldb > most || q.ldc > most) return false;
+  cblas_sgemm(CblasRowMajor, at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, static_cast<int>(q.m), static_cast<int>(q.n),
+              static_cast<int>(q.k), o.alpha, static_cast<const float*>(a.data), static_cast<int>(lda), static_cast<const float*>(b.data),
+              static_cast<int>(ldb), o.accumulate ? 1.f : 0.f, q.c, static_cast<int>(q.ldc));
+  return true;
+}
+#endif
+
 }  // namespace
 
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
@@ -424,6 +455,10 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     });
     return;
   }
+
+#if defined(LIMBECK_BLAS_CBLAS)
+  if (vendor(product)) return;
+#endif
 
   // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
   // An activation is made once for each panel of columns: fewer and larger panels then.
