@@ -157,7 +157,8 @@ class BpeEncoder final : public Napi::ObjectWrap<BpeEncoder> {
     return DefineClass(env, "BpeEncoder", {InstanceMethod<&BpeEncoder::encode>("encode"), InstanceMethod<&BpeEncoder::encode_batch>("encodeBatch")});
   }
 
-  // (byteIds, merges: left right result ..., rules, added bytes, ends, ids, whole bytes, ends, ids)
+  // (byteIds, merges: left right result ..., rules, added bytes, ends, ids, whole bytes, ends, ids
+  //  [, code points, their ids, joins: last first ..., prepend])
   explicit BpeEncoder(const Napi::CallbackInfo& info) : ObjectWrap(info) {
     guard(info.Env(), [&] {
       Vocabulary v;
@@ -167,6 +168,14 @@ class BpeEncoder final : public Napi::ObjectWrap<BpeEncoder> {
       v.rules = rules_from(info[2]);
       v.added = entries_from(info[3], info[4], info[5]);
       v.whole = entries_from(info[6], info[7], info[8]);
+      if (info.Length() > 9) {
+        v.characters = std::make_unique<text::Characters>();
+        const std::vector<int32_t> codes = copy_of<int32_t>(info[9]), ids = copy_of<int32_t>(info[10]), joins = copy_of<int32_t>(info[11]);
+        if (codes.size() != ids.size()) throw misuse("tokenizer: as many code points as ids were expected");
+        for (size_t i = 0; i < codes.size(); ++i) v.characters->ids.emplace_back(codes[i], ids[i]);
+        for (size_t i = 0; i + 1 < joins.size(); i += 2) v.characters->joins.emplace_back(joins[i], joins[i + 1]);
+        v.characters->prepend = info[12].ToBoolean();
+      }
       shared_ = std::make_shared<SharedEncoder>(std::move(v));
     });
   }

@@ -1,4 +1,5 @@
-// Byte-level BPE: an encoder for any merge list, and a trainer. Neither knows JavaScript or file formats.
+// BPE over bytes (GPT-2) or over characters with byte fallback (SentencePiece): an encoder for any merge list, and a trainer of the
+// first kind. Neither knows JavaScript or file formats.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -70,12 +71,20 @@ struct Merge {
   int32_t left, right, result;
 };
 
+// What makes a vocabulary one over characters. Spaces become U+2581 before anything else.
+struct Characters {
+  std::vector<std::pair<int32_t, int32_t>> ids;    // code point, token; a character without one becomes the tokens of its bytes
+  std::vector<std::pair<int32_t, int32_t>> joins;  // last character of a merge's left side, first of its right side
+  bool prepend = false;                            // a space before every text
+};
+
 struct Vocabulary {
   std::vector<int32_t> byte_ids;                          // 256: the token of each byte
   std::vector<Merge> merges;                              // in order of rank
   std::vector<std::pair<std::string, int32_t>> added;     // found in the text before anything else, longest first
   std::vector<std::pair<std::string, int32_t>> whole;     // words that are tokens whatever the merges say (ignore_merges)
   SplitRules rules;
+  std::unique_ptr<Characters> characters;                 // null: a vocabulary over bytes
 };
 
 // Immutable, so that any number of threads may encode at once, each with a cache of its own.
@@ -102,6 +111,8 @@ class Encoder {
   struct WholeWords;
 
   void encode_part(const uint8_t* text, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const;
+  void encode_characters(const uint8_t* text, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const;
+  void encode_cached(const uint8_t* word, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const;
   void encode_word(const uint8_t* word, size_t bytes, std::vector<int32_t>& ids) const;
   void merge_short(std::vector<int32_t>& ids, size_t from) const;
   void merge_long(std::vector<int32_t>& ids, size_t from) const;
@@ -110,6 +121,8 @@ class Encoder {
 
   Vocabulary vocabulary_;
   PairMap<Rank> ranks_;
+  PairMap<int32_t> char_ids_;  // of (0, code point)
+  PairMap<uint8_t> joins_;
   std::unique_ptr<WholeWords> whole_;
   bool added_first_[256] = {};
 };

@@ -47,6 +47,10 @@ Encoder::Encoder(Vocabulary vocabulary) : vocabulary_(std::move(vocabulary)), ra
   if (vocabulary_.byte_ids.size() != 256) throw Error(ErrorKind::format, "ERR_TOKENIZER", "tokenizer: the vocabulary has no token for every byte");
   int32_t rank = 0;
   for (const Merge& m : vocabulary_.merges) ranks_[PairMap<Rank>::key_of(m.left, m.right)] = {rank++, m.result};
+  if (vocabulary_.characters) {
+    for (const auto& [c, id] : vocabulary_.characters->ids) char_ids_[PairMap<int32_t>::key_of(0, c)] = id;
+    for (const auto& [left, right] : vocabulary_.characters->joins) joins_[PairMap<uint8_t>::key_of(left, right)] = 1;
+  }
   std::sort(vocabulary_.added.begin(), vocabulary_.added.end());
   for (const auto& [text, id] : vocabulary_.added) {
     if (!text.empty()) added_first_[static_cast<uint8_t>(text[0])] = true;
@@ -97,31 +101,62 @@ void Encoder::encode(std::string_view text, bool added, Cache& cache, std::vecto
 }
 
 void Encoder::encode_part(const uint8_t* text, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const {
+  if (vocabulary_.characters) return encode_characters(text, bytes, cache, ids);
   Splitter splitter(vocabulary_.rules, text, bytes);
   size_t n = 0;
   while (const uint8_t* word = splitter.next(n)) {
     if (n == 1 && !whole_) {
       ids.push_back(vocabulary_.byte_ids[*word]);
-    } else if (n > kKeyBytes) {
-      encode_word(word, n, ids);
     } else {
-      uint64_t key[3] = {};
-      std::memcpy(key, word, n);
-      Cache::Slot& slot = cache.slot(key, n);
-      if (slot.bytes == n && slot.key[0] == key[0] && slot.key[1] == key[1] && slot.key[2] == key[2]) {
-        ids.insert(ids.end(), slot.ids, slot.ids + slot.count);
-        continue;
-      }
-      const size_t before = ids.size();
-      encode_word(word, n, ids);
-      const size_t count = ids.size() - before;
-      if (count > kCachedIds) continue;
-      std::memcpy(slot.key, key, sizeof key);
-      std::copy_n(ids.data() + before, count, slot.ids);
-      slot.count = static_cast<uint8_t>(count);
-      slot.bytes = static_cast<uint8_t>(n);
+      encode_cached(word, n, cache, ids);
     }
   }
+}
+
+// There is no pre-tokenizer: the whole text is one word to BPE. But no merge ever crosses two characters that no merge joins, so
+// the text falls into words there all the same.
+void Encoder::encode_characters(const uint8_t* text, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const {
+  if (bytes == 0) return;
+  constexpr std::string_view space = "\xE2\x96\x81";
+  std::string normal;
+  normal.reserve(bytes + bytes / 2);
+  if (vocabulary_.characters->prepend) normal += space;
+  for (size_t i = 0; i < bytes; ++i) {
+    if (text[i] == ' ') normal += space;
+    else normal += static_cast<char>(text[i]);
+  }
+  const auto* p = reinterpret_cast<const uint8_t*>(normal.data());
+  const uint8_t* const end = p + normal.size();
+  const uint8_t* word = p;
+  for (uint32_t previous = 0; p < end;) {
+    const CodePoint c = code_point_at(p, end);
+    if (p != word && !joins_.find(PairMap<uint8_t>::key_of(static_cast<int32_t>(previous), static_cast<int32_t>(c.value)))) {
+      encode_cached(word, static_cast<size_t>(p - word), cache, ids);
+      word = p;
+    }
+    previous = c.value;
+    p += c.length ? c.length : 1;
+  }
+  encode_cached(word, static_cast<size_t>(end - word), cache, ids);
+}
+
+void Encoder::encode_cached(const uint8_t* word, size_t bytes, Cache& cache, std::vector<int32_t>& ids) const {
+  if (bytes > kKeyBytes) return encode_word(word, bytes, ids);
+  uint64_t key[3] = {};
+  std::memcpy(key, word, bytes);
+  Cache::Slot& slot = cache.slot(key, bytes);
+  if (slot.bytes == bytes && slot.key[0] == key[0] && slot.key[1] == key[1] && slot.key[2] == key[2]) {
+    ids.insert(ids.end(), slot.ids, slot.ids + slot.count);
+    return;
+  }
+  const size_t before = ids.size();
+  encode_word(word, bytes, ids);
+  const size_t count = ids.size() - before;
+  if (count > kCachedIds) return;
+  std::memcpy(slot.key, key, sizeof key);
+  std::copy_n(ids.data() + before, count, slot.ids);
+  slot.count = static_cast<uint8_t>(count);
+  slot.bytes = static_cast<uint8_t>(bytes);
 }
 
 void Encoder::encode_word(const uint8_t* word, size_t bytes, std::vector<int32_t>& ids) const {
@@ -133,8 +168,19 @@ void Encoder::encode_word(const uint8_t* word, size_t bytes, std::vector<int32_t
     }
   }
   const size_t from = ids.size();
-  for (size_t i = 0; i < bytes; ++i) ids.push_back(vocabulary_.byte_ids[word[i]]);
-  if (bytes <= kShort) {
+  if (vocabulary_.characters) {
+    for (size_t i = 0; i < bytes;) {
+      const CodePoint c = code_point_at(word + i, word + bytes);
+      const int32_t* id = c.length ? char_ids_.find(PairMap<int32_t>::key_of(0, static_cast<int32_t>(c.value))) : nullptr;
+      const size_t stop = i + (c.length ? c.length : 1);
+      if (id) ids.push_back(*id);
+      else for (size_t j = i; j < stop; ++j) ids.push_back(vocabulary_.byte_ids[word[j]]);
+      i = stop;
+    }
+  } else {
+    for (size_t i = 0; i < bytes; ++i) ids.push_back(vocabulary_.byte_ids[word[i]]);
+  }
+  if (ids.size() - from <= kShort) {
     merge_short(ids, from);
   } else {
     merge_long(ids, from);

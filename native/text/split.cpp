@@ -49,16 +49,9 @@ constexpr std::array<CharClass, 128> kAscii = [] {
 }();
 
 Char wide_char_at(const uint8_t* p, const uint8_t* end) {
-  const uint8_t lead = p[0];
-  const int length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
-  if (lead < 0xC2 || lead > 0xF4 || end - p < length) return {CharClass::other, 1};
-  uint32_t c = lead & (0xFF >> (length + 1));
-  for (int i = 1; i < length; ++i) {
-    if ((p[i] & 0xC0) != 0x80) return {CharClass::other, 1};
-    c = c << 6 | (p[i] & 0x3F);
-  }
-  if (c >= kCodePoints) return {CharClass::other, 1};
-  return {table().of(c), static_cast<uint8_t>(length)};
+  const CodePoint c = code_point_at(p, end);
+  if (c.length == 0) return {CharClass::other, 1};
+  return {table().of(c.value), c.length};
 }
 
 inline const uint8_t* run(const uint8_t* p, const uint8_t* end, CharClass kind) {
@@ -84,6 +77,20 @@ int contraction(const uint8_t* p, const uint8_t* end, bool fold) {
 }
 
 }  // namespace
+
+CodePoint code_point_at(const uint8_t* p, const uint8_t* end) {
+  const uint8_t lead = p[0];
+  if (lead < 0x80) return {lead, 1};
+  const uint8_t length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
+  if (lead < 0xC2 || lead > 0xF4 || end - p < length) return {0, 0};
+  uint32_t c = lead & (0xFF >> (length + 1));
+  for (int i = 1; i < length; ++i) {
+    if ((p[i] & 0xC0) != 0x80) return {0, 0};
+    c = c << 6 | (p[i] & 0x3F);
+  }
+  if (c >= kCodePoints) return {0, 0};
+  return {c, length};
+}
 
 Char char_at(const uint8_t* p, const uint8_t* end) {
   if (*p < 0x80) return {kAscii[*p], 1};

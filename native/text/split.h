@@ -12,8 +12,14 @@ struct Char {
   uint8_t length;  // bytes
 };
 
+struct CodePoint {
+  uint32_t value;
+  uint8_t length;  // bytes; 0: no valid sequence starts here
+};
+
 // The character that starts at `p`. A byte that starts no valid sequence is a character of its own, of class other.
 Char char_at(const uint8_t* p, const uint8_t* end);
+CodePoint code_point_at(const uint8_t* p, const uint8_t* end);
 
 // What tells one expression of the family from another. All default: GPT-2's
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+

@@ -2,7 +2,7 @@
 
 import { loadNative } from './native.ts';
 
-/** Byte-level BPE encoder; immutable, so that several batches may run at once. */
+/** BPE encoder; immutable, so that several batches may run at once. */
 export interface BpeEncoder {
   encode(text: string | Uint8Array, added: boolean): Int32Array;
   /** `ends[i]` is where text i ends in `bytes`, and in the answer where its ids end. */
@@ -30,6 +30,8 @@ interface TextAddon {
     wholeBytes: Uint8Array,
     wholeEnds: Int32Array,
     wholeIds: Int32Array,
+    // Of a vocabulary over characters: code points and their ids, the pairs of code points that merges join, a space before each text.
+    ...characters: [] | [codes: Int32Array, ids: Int32Array, joins: Int32Array, prepend: boolean]
   ) => BpeEncoder;
   BpeTrainer: new (merges: number, minCount: number, maxBytes: number, rules: number) => BpeTrainer;
 }

@@ -14,14 +14,31 @@ export interface AddedToken {
   readonly special: boolean;
 }
 
+/** A normal form of Unicode. */
+export type NormalForm = 'NFC' | 'NFD' | 'NFKC' | 'NFKD';
+
 /** What the native encoder needs beside the vocabulary. */
-export interface ByteLevelPlan {
+export interface NativePlan {
+  /** The token of each byte; over characters, that of each byte of a character without a token. */
   readonly byteIds: Int32Array;
   /** left, right, result of each merge. */
   readonly merges: Int32Array;
   readonly rules: number;
-  readonly normalizer: 'NFC' | 'NFD' | 'NFKC' | 'NFKD' | undefined;
+  readonly normalizer: NormalForm | undefined;
   readonly ignoreMerges: boolean;
+  /** SentencePiece-style BPE over characters, as Gemma and Llama 2 have it; undefined: over bytes. */
+  readonly characters: CharacterPlan | undefined;
+}
+
+export interface CharacterPlan {
+  readonly codes: Int32Array;
+  readonly ids: Int32Array;
+  /** Last code point of the left side and first of the right side of each merge. */
+  readonly joins: Int32Array;
+  /** A space before every text. */
+  readonly prepend: boolean;
+  /** Spaces that decoding takes from the beginning of a text. */
+  readonly strip: number;
 }
 
 /** A checked tokenizer.json. */
@@ -43,7 +60,7 @@ export interface TokenizerFile {
   readonly fingerprint: string;
   readonly digest: string;
   /** Undefined when the native encoder does not cover the pipeline. */
-  readonly byteLevel: ByteLevelPlan | undefined;
+  readonly native: NativePlan | undefined;
 }
 
 export interface Json {
@@ -62,11 +79,13 @@ export function parseTokenizer(text: string, configText: string | undefined, whe
 
   const ids = new Map<string, number>();
   const tokens: (string | undefined)[] = [];
-  const add = (token: string, id: unknown, entry: string): number => {
-    if (!Number.isInteger(id) || (id as number) < 0 || (id as number) > largestId)
-      throw refuse(where, entry, `an integer id from 0 to ${largestId}`, id);
+  // `entry` is a function, because a vocabulary has a quarter of a million of them and an error has one.
+  const add = (token: string, id: unknown, entry: () => string): number => {
+    if (!Number.isInteger(id) || (id as number) < 0 || (id as number) > largestId) {
+      throw refuse(where, entry(), `an integer id from 0 to ${largestId}`, id);
+    }
     const other = tokens[id as number];
-    if (other !== undefined && other !== token) throw refuse(where, entry, `an id of its own; ${show(other)} has it too`, id);
+    if (other !== undefined && other !== token) throw refuse(where, entry(), `an id of its own; ${show(other)} has it too`, id);
     ids.set(token, id as number);
     tokens[id as number] = token;
     return id as number;
@@ -77,10 +96,10 @@ export function parseTokenizer(text: string, configText: string | undefined, whe
     for (const [id, pair] of vocab.entries()) {
       if (!Array.isArray(pair) || typeof pair[0] !== 'string')
         throw refuse(where, `model.vocab[${id}]`, 'a token and its score', pair);
-      add(pair[0], id, `model.vocab[${id}]`);
+      add(pair[0], id, () => `model.vocab[${id}]`);
     }
   } else if (isObject(vocab)) {
-    for (const [token, id] of Object.entries(vocab)) add(token, id, `model.vocab[${show(token)}]`);
+    for (const token of Object.keys(vocab)) add(token, vocab[token], () => `model.vocab[${show(token)}]`);
   } else {
     throw refuse(where, 'model.vocab', 'an object of token: id', vocab);
   }
@@ -95,7 +114,7 @@ export function parseTokenizer(text: string, configText: string | undefined, whe
     const content = entry.content;
     if (typeof content !== 'string' || content === '') throw refuse(where, `added_tokens[${i}].content`, 'a text', content);
     const special = entry.special === true;
-    const id = add(content, entry.id, `added_tokens[${i}].id`);
+    const id = add(content, entry.id, () => `added_tokens[${i}].id`);
     added.push({ id, content, special });
     const normalized = entry.normalized ?? !special;
     if (entry.lstrip || entry.rstrip || entry.single_word || /\p{Surrogate}/u.test(content)) plainAdded = false;
@@ -119,41 +138,100 @@ export function parseTokenizer(text: string, configText: string | undefined, whe
       .update(configText ?? '')
       .digest('hex')
       .slice(0, 32),
-    byteLevel: plainAdded ? byteLevelPlan(json, model, ids, where) : undefined,
+    native: plainAdded ? nativePlan(json, model, ids, where) : undefined,
   };
 }
 
-function byteLevelPlan(json: Json, model: Json, ids: ReadonlyMap<string, number>, where: string): ByteLevelPlan | undefined {
+function nativePlan(json: Json, model: Json, ids: ReadonlyMap<string, number>, where: string): NativePlan | undefined {
   if (model.type !== 'BPE') return undefined;
   const list = model.merges;
   if (!Array.isArray(list)) throw refuse(where, 'model.merges', 'a list', list);
-  const rules = rulesFor(json.pre_tokenizer);
-  const decoder = json.decoder;
-  if (rules === undefined || !isObject(decoder) || decoder.type !== 'ByteLevel') return undefined;
   if (model.dropout || model.continuing_subword_prefix || model.end_of_word_suffix) return undefined;
+  const ignoreMerges = model.ignore_merges === true;
+  const rules = rulesFor(json.pre_tokenizer);
+  const spaces = model.byte_fallback === true && !ignoreMerges ? sentencePiece(json) : undefined;
   const normal = json.normalizer ?? null;
-  if (normal !== null && !(isObject(normal) && /^NFK?[CD]$/.test(String(normal.type)))) return undefined;
+  const bytes = rules !== undefined && isObject(json.decoder) && json.decoder.type === 'ByteLevel';
+  if (bytes && normal !== null && !(isObject(normal) && /^NFK?[CD]$/.test(String(normal.type)))) return undefined;
+  if (!bytes && spaces === undefined) return undefined;
+
   const byteIds = new Int32Array(256);
   for (const [byte, char] of charOfByte.entries()) {
-    const id = ids.get(char);
+    const id = ids.get(bytes ? char : byteToken(byte));
     if (id === undefined) return undefined;
     byteIds[byte] = id;
   }
-
   const merges = new Int32Array(list.length * 3);
-  for (const [i, merge] of list.entries()) {
-    const pair = typeof merge === 'string' ? merge.split(' ') : merge;
+  const joins = new Int32Array(spaces === undefined ? 0 : list.length * 2);
+  for (let i = 0; i < list.length; i++) {
+    const merge: unknown = list[i];
+    const pair: unknown = typeof merge === 'string' ? merge.split(' ') : merge;
     if (!Array.isArray(pair) || pair.length !== 2)
       throw refuse(where, `model.merges[${i}]`, 'two tokens with a space between', merge);
-    for (const [j, token] of [pair[0], pair[1], `${pair[0]}${pair[1]}`].entries()) {
-      const id = ids.get(token as string);
-      if (id === undefined)
-        throw refuse(where, `model.merges[${i}]`, `tokens of the vocabulary; ${show(token)} is not one`, merge);
-      merges[i * 3 + j] = id;
+    const [left, right] = pair as [string, string];
+    const result = left + right;
+    const found = [ids.get(left), ids.get(right), ids.get(result)];
+    const missing = found.indexOf(undefined);
+    if (missing >= 0) {
+      const name = show([left, right, result][missing]);
+      throw refuse(where, `model.merges[${i}]`, `tokens of the vocabulary; ${name} is not one`, merge);
+    }
+    merges.set(found as number[], i * 3);
+    if (joins.length > 0) {
+      joins[i * 2] = lastCodePoint(left);
+      joins[i * 2 + 1] = right.codePointAt(0) ?? 0;
     }
   }
-  const normalizer = normal === null ? undefined : ((normal as Json).type as 'NFC');
-  return { byteIds, merges, rules, normalizer, ignoreMerges: model.ignore_merges === true };
+  const plan = { byteIds, merges, ignoreMerges, characters: undefined };
+  if (bytes) return { ...plan, rules, normalizer: normal === null ? undefined : ((normal as Json).type as NormalForm) };
+
+  // Bytes of fallback take no part in merges; a file where they do is not for us.
+  const fallback = new Set(byteIds);
+  for (let i = 0; i < merges.length; i++) if (i % 3 !== 2 && fallback.has(merges[i]!)) return undefined;
+  const single = [...ids].filter(([token]) => token.length === 1 || (token.length === 2 && token.codePointAt(0)! > 0xffff));
+  const codes = Int32Array.from(single, ([token]) => token.codePointAt(0)!);
+  const characters = { codes, ids: Int32Array.from(single, ([, id]) => id), joins, ...spaces! };
+  return { ...plan, rules: 0, normalizer: undefined, characters };
+}
+
+function lastCodePoint(text: string): number {
+  const pair = text.length > 1 ? text.codePointAt(text.length - 2)! : 0;
+  return pair > 0xffff ? pair : (text.codePointAt(text.length - 1) ?? 0);
+}
+
+/** The token that stands for a byte where a character has none. */
+const byteToken = (byte: number) => `<0x${byte.toString(16).toUpperCase().padStart(2, '0')}>`;
+
+/** How a SentencePiece-style pipeline treats spaces, if it is one that the native encoder covers. */
+function sentencePiece(json: Json): { prepend: boolean; strip: number } | undefined {
+  const isReplace = (entry: unknown, from: string, to: string) =>
+    isObject(entry) &&
+    entry.type === 'Replace' &&
+    isObject(entry.pattern) &&
+    entry.pattern.String === from &&
+    entry.content === to;
+  const { normalizer, pre_tokenizer: split, decoder } = json;
+  const steps = isObject(normalizer) && normalizer.type === 'Sequence' ? normalizer.normalizers : [normalizer];
+  if (!Array.isArray(steps) || !isReplace(steps.at(-1), ' ', '\u2581')) return undefined;
+  const prepend = steps.length === 2 && isObject(steps[0]) && steps[0].type === 'Prepend' && steps[0].prepend === '\u2581';
+  if (steps.length !== (prepend ? 2 : 1)) return undefined;
+  // Gemma splits at spaces, of which none are left.
+  const idle =
+    isObject(split) &&
+    split.type === 'Split' &&
+    isObject(split.pattern) &&
+    split.pattern.String === ' ' &&
+    split.invert === false;
+  if ((split ?? null) !== null && !(idle && split.behavior === 'MergedWithPrevious')) return undefined;
+
+  const chain = isObject(decoder) && decoder.type === 'Sequence' ? decoder.decoders : undefined;
+  if (!Array.isArray(chain) || !isReplace(chain[0], '\u2581', ' ')) return undefined;
+  const types = chain.map((entry) => (isObject(entry) ? entry.type : undefined)).join();
+  if (types === 'Replace,ByteFallback,Fuse') return { prepend, strip: 0 };
+  const last = chain[3] as Json;
+  if (types !== 'Replace,ByteFallback,Fuse,Strip' || last.content !== ' ' || last.stop !== 0 || !Number.isInteger(last.start))
+    return undefined;
+  return { prepend, strip: last.start as number };
 }
 
 const usualNames = {
@@ -201,10 +279,9 @@ function templateTokens(entry: unknown): { first?: string; last?: string } {
 }
 
 function fingerprintOf(tokens: readonly (string | undefined)[]): string {
-  const hash = createHash('sha256');
-  // Lengths keep the boundaries, so that no two vocabularies give the same bytes.
-  for (const token of tokens) hash.update(token === undefined ? '-\n' : `${token.length} ${token}\n`);
-  return hash.digest('hex').slice(0, 32);
+  // Lengths keep the boundaries, so that no two vocabularies give the same text.
+  const all = Array.from(tokens, (token) => (token === undefined ? '-' : `${token.length} ${token}`));
+  return createHash('sha256').update(all.join('\n')).digest('hex').slice(0, 32);
 }
 
 /** Writes tokenizer.json, and beside it the configuration when `path` is a folder. */

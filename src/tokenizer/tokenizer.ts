@@ -3,9 +3,9 @@
 import { readFile, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { FileError, FormatError } from '../tensor/errors.ts';
-import { byteLevelTokenizer } from './byteLevel.ts';
 import { parseTokenizer } from './file.ts';
 import { genericTokenizer } from './generic.ts';
+import { nativeTokenizer } from './native.ts';
 
 export interface EncodeOptions {
   /** Put the begin token first. Default false. */
@@ -70,7 +70,7 @@ export async function loadTokenizer(path: string): Promise<Tokenizer> {
 /** A tokenizer from the text of a tokenizer.json and, where there is one, of its tokenizer_config.json. @throws FormatError */
 export function tokenizerFromJson(text: string, config?: string, where = 'tokenizer.json'): Tokenizer {
   const file = parseTokenizer(text, config, where);
-  return file.byteLevel === undefined ? genericTokenizer(file) : byteLevelTokenizer(file, file.byteLevel);
+  return file.native === undefined ? genericTokenizer(file) : nativeTokenizer(file, file.native);
 }
 
 async function optional(path: string): Promise<string | undefined> {

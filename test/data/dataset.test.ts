@@ -1,7 +1,7 @@
-import { mkdtempSync, readdirSync, utimesSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { beforeAll, expect, test } from 'vitest';
+import { afterAll, beforeAll, expect, test } from 'vitest';
 import { type DatasetOptions, openDataset } from '../../src/data/dataset.ts';
 import { jsonl } from '../../src/data/jsonl.ts';
 import type { Batch } from '../../src/data/pack.ts';
@@ -12,6 +12,7 @@ import type { Tokenizer } from '../../src/tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'limbeck-test-'));
+afterAll(() => rmSync(folder, { recursive: true }));
 const documents = Array.from(
   { length: 60 },
   (_, i) => `Document ${i} says ${'word and more '.repeat((i * 7) % 23)}the end of ${i}.`,

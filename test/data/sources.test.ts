@@ -1,13 +1,14 @@
-import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { expect, test } from 'vitest';
+import { afterAll, expect, test } from 'vitest';
 import { jsonl } from '../../src/data/jsonl.ts';
 import { expandPaths, globToRegex } from '../../src/data/paths.ts';
 import { firstInvalidByte, type Malformed, type TextSource, textFiles, texts } from '../../src/data/source.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'limbeck-test-'));
+afterAll(() => rmSync(folder, { recursive: true }));
 const write = (name: string, content: string | Uint8Array) => {
   const path = join(folder, name);
   mkdirSync(join(path, '..'), { recursive: true });

@@ -1,14 +1,15 @@
-import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { expect, test } from 'vitest';
+import { afterAll, expect, test } from 'vitest';
 import type { Ids } from '../../src/data/pack.ts';
 import type { TokenSource } from '../../src/data/source.ts';
 import { MemoryTokens, openTokenFile, tokenFile, writeTokenFile } from '../../src/data/tokens.ts';
 import { LimbeckError } from '../../src/tensor/errors.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'limbeck-test-'));
+afterAll(() => rmSync(folder, { recursive: true }));
 
 async function read(source: TokenSource): Promise<number[][]> {
   const documents: number[][] = [];

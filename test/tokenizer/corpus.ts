@@ -70,3 +70,49 @@ export function pair(json: string, config = '{}') {
     }),
   };
 }
+
+/** A tokenizer.json in the manner of Gemma or Llama 2, with the merges of a byte-level one that concern ASCII. */
+export function sentencePiece(json: string, llama = false): string {
+  const { merges } = (JSON.parse(json) as { model: { merges: [string, string][] } }).model;
+  const ascii = merges
+    .filter((pair) => /^[!-~\u0120\u010a]+$/.test(pair.join('')))
+    .map((pair) => pair.map((token) => token.replaceAll('\u0120', '\u2581').replaceAll('\u010a', '\n')));
+  const bytes = Array.from({ length: 256 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, '0')}>`);
+  const letters = Array.from({ length: 94 }, (_, i) => String.fromCharCode(33 + i));
+  const specials = ['<pad>', '<eos>', '<bos>', '<unk>'];
+  const tokens = new Set([
+    ...specials,
+    ...bytes,
+    '\u2581',
+    '\n',
+    'é',
+    '中',
+    '😀',
+    ...letters,
+    ...ascii.map((pair) => pair.join('')),
+  ]);
+  const replace = (from: string, content: string) => ({ type: 'Replace', pattern: { String: from }, content });
+  const chain = [replace('\u2581', ' '), { type: 'ByteFallback' }, { type: 'Fuse' }];
+  return JSON.stringify({
+    added_tokens: specials.map((content, id) => ({ id, content, special: true, normalized: false })),
+    normalizer: llama
+      ? { type: 'Sequence', normalizers: [{ type: 'Prepend', prepend: '\u2581' }, replace(' ', '\u2581')] }
+      : replace(' ', '\u2581'),
+    pre_tokenizer: llama ? null : { type: 'Split', pattern: { String: ' ' }, behavior: 'MergedWithPrevious', invert: false },
+    post_processor: {
+      type: 'TemplateProcessing',
+      single: [{ SpecialToken: { id: '<bos>', type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }],
+      pair: [],
+      special_tokens: { '<bos>': { id: '<bos>', ids: [2], tokens: ['<bos>'] } },
+    },
+    decoder: { type: 'Sequence', decoders: llama ? [...chain, { type: 'Strip', content: ' ', start: 1, stop: 0 }] : chain },
+    model: {
+      type: 'BPE',
+      unk_token: '<unk>',
+      fuse_unk: true,
+      byte_fallback: true,
+      vocab: Object.fromEntries([...tokens].map((token, id) => [token, id])),
+      merges: ascii,
+    },
+  });
+}

@@ -1,12 +1,15 @@
-import { mkdtempSync, readFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
-import { expect, test } from 'vitest';
+import { afterAll, expect, test } from 'vitest';
 import { alphabet, charOfByte } from '../../src/tokenizer/alphabet.ts';
 import { loadTokenizer } from '../../src/tokenizer/tokenizer.ts';
 import { type TokenizerProgress, trainTokenizer } from '../../src/tokenizer/train.ts';
 import { speeches } from './corpus.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'limbeck-test-'));
+afterAll(() => rmSync(folder, { recursive: true }));
 
 /** Byte pair encoding as in the paper: count all pairs again after every merge. */
 function referenceMerges(texts: string[], merges: number, minFrequency: number): [string, string][] {
@@ -56,7 +59,7 @@ function referenceMerges(texts: string[], merges: number, minFrequency: number):
 
 async function mergesOf(texts: string[], merges: number, minFrequency = 2): Promise<[string, string][]> {
   const tokenizer = await trainTokenizer(texts, { vocabSize: 260 + merges, minFrequency });
-  const path = join(mkdtempSync(join(tmpdir(), 'limbeck-test-')), 'tokenizer.json');
+  const path = join(folder, 'tokenizer.json');
   await tokenizer.save(path);
   return (JSON.parse(readFileSync(path, 'utf8')) as { model: { merges: [string, string][] } }).model.merges;
 }
@@ -145,7 +148,6 @@ test('options that make no sense and empty text are refused', async () => {
 });
 
 test('a saved folder loads again, with its special tokens', async () => {
-  const folder = mkdtempSync(join(tmpdir(), 'limbeck-test-'));
   const tokenizer = await trainTokenizer(speeches(60), { vocabSize: 500 });
   await tokenizer.save(join(folder, 'tok'));
   const loaded = await loadTokenizer(join(folder, 'tok'));

@@ -1,8 +1,8 @@
-// The native tokenizer: byte-level BPE.
+// The native tokenizer: BPE over bytes, or over characters with byte fallback.
 
 import { textAddon } from '../tensor/text.ts';
 import { bytesOfToken, checkIds } from './alphabet.ts';
-import { type ByteLevelPlan, saveTokenizer, type TokenizerFile } from './file.ts';
+import { type NativePlan, type NormalForm, saveTokenizer, type TokenizerFile } from './file.ts';
 import { sentinels } from './sentinels.ts';
 import type { TokenDecoder, Tokenizer } from './tokenizer.ts';
 
@@ -10,7 +10,8 @@ import type { TokenDecoder, Tokenizer } from './tokenizer.ts';
 const jobBytes = 1 << 20;
 const jobsAtOnce = 4;
 
-export function byteLevelTokenizer(file: TokenizerFile, plan: ByteLevelPlan): Tokenizer {
+export function nativeTokenizer(file: TokenizerFile, plan: NativePlan): Tokenizer {
+  const { characters } = plan;
   const pool = laidOut(file.added.map(({ content, id }) => [content, id]));
   const whole = laidOut(plan.ignoreMerges ? wholeWords(file) : []);
   const encoder = new (textAddon().BpeEncoder)(
@@ -23,9 +24,11 @@ export function byteLevelTokenizer(file: TokenizerFile, plan: ByteLevelPlan): To
     whole.bytes,
     whole.ends,
     whole.ids,
+    ...(characters === undefined ? [] : ([characters.codes, characters.ids, characters.joins, characters.prepend] as const)),
   );
   const vocabSize = file.tokens.length;
-  const table = tokenBytes(file);
+  const table = tokenBytes(file, characters !== undefined);
+  const strip = characters?.strip ?? 0;
   const specials = new Set(file.added.filter((token) => token.special).map((token) => token.id));
   const normalize = plan.normalizer === undefined ? undefined : normalizer(plan.normalizer, file);
 
@@ -76,16 +79,17 @@ export function byteLevelTokenizer(file: TokenizerFile, plan: ByteLevelPlan): To
     },
     decode(ids, options = {}) {
       checkIds(ids, vocabSize, 'decode');
-      return utf8().decode(table.join(ids, options.skipSpecial ? specials : undefined));
+      return stripper(strip)(utf8().decode(table.join(ids, options.skipSpecial ? specials : undefined)));
     },
     decoder(options = {}): TokenDecoder {
       const decoder = utf8();
+      const stripped = stripper(strip);
       return {
         push(id) {
           checkIds([id], vocabSize, 'decoder.push');
-          return decoder.decode(table.join([id], options.skipSpecial ? specials : undefined), { stream: true });
+          return stripped(decoder.decode(table.join([id], options.skipSpecial ? specials : undefined), { stream: true }));
         },
-        end: () => decoder.decode(),
+        end: () => stripped(decoder.decode()),
       };
     },
     id: (token) => file.ids.get(token),
@@ -113,19 +117,42 @@ function wholeWords(file: TokenizerFile): [Uint8Array, number][] {
   });
 }
 
-/** The bytes of every token. */
-function tokenBytes(file: TokenizerFile) {
-  const added = new Map(file.added.map((token) => [token.id, token.content]));
-  const bytes = file.tokens.map((token, id) => {
-    if (token === undefined) return new Uint8Array(0);
-    const content = added.get(id);
-    return content === undefined ? (bytesOfToken(token) ?? Buffer.from(token)) : Buffer.from(content);
-  });
+/** Takes up to `count` spaces from the beginning of what passes through. */
+function stripper(count: number): (text: string) => string {
+  let left = count;
+  return (text) => {
+    let from = 0;
+    while (left > 0 && from < text.length) {
+      if (text[from] !== ' ') left = 0;
+      else {
+        from++;
+        left--;
+      }
+    }
+    return text.slice(from);
+  };
+}
+
+/** The bytes of tokens, made when first wanted: a vocabulary has many that never are. */
+function tokenBytes(file: TokenizerFile, overCharacters: boolean) {
+  const added = new Set(file.added.map((token) => token.id));
+  const made: Uint8Array[] = [];
+  const bytesOf = (id: number): Uint8Array => {
+    const token = file.tokens[id] ?? '';
+    if (overCharacters) {
+      const byte = /^<0x([0-9A-Fa-f]{2})>$/.exec(token)?.[1];
+      return byte === undefined ? Buffer.from(token.replaceAll('\u2581', ' ')) : Uint8Array.of(Number.parseInt(byte, 16));
+    }
+    return (added.has(id) ? undefined : bytesOfToken(token)) ?? Buffer.from(token);
+  };
   return {
     join(ids: ArrayLike<number>, skip: ReadonlySet<number> | undefined): Uint8Array {
       const parts: Uint8Array[] = [];
       for (let i = 0; i < ids.length; i++) {
-        if (!skip?.has(ids[i]!)) parts.push(bytes[ids[i]!] ?? new Uint8Array(0));
+        const id = ids[i]!;
+        if (skip?.has(id)) continue;
+        made[id] ??= bytesOf(id);
+        parts.push(made[id]);
       }
       return parts.length === 1 ? parts[0]! : Buffer.concat(parts);
     },
@@ -133,7 +160,7 @@ function tokenBytes(file: TokenizerFile) {
 }
 
 /** Cuts a text that is not in normal form into added tokens and normalized parts; undefined for a text that is. */
-function normalizer(form: 'NFC' | 'NFD' | 'NFKC' | 'NFKD', file: TokenizerFile) {
+function normalizer(form: NormalForm, file: TokenizerFile) {
   const ids = new Map(file.added.map((token) => [token.content, token.id]));
   const escaped = [...ids.keys()].sort((a, b) => b.length - a.length).map((text) => text.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'));
   const pattern = escaped.length === 0 ? undefined : new RegExp(`(${escaped.join('|')})`);
