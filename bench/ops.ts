@@ -83,10 +83,20 @@ function random(shape: readonly number[], std = 1): Tensor {
   return t;
 }
 
-const ids = (n: number, vocab: number): Tensor => tensor(Int32Array.from({ length: n }, (_, i) => (i * 7919) % vocab), [n]);
+const ids = (n: number, vocab: number): Tensor =>
+  tensor(
+    Int32Array.from({ length: n }, (_, i) => (i * 7919) % vocab),
+    [n],
+  );
 
 /** Forward and backward with a dense gradient from behind. */
-function both(shape: string, trained: readonly Tensor[], f: () => Tensor, parts: readonly Part[], constants: readonly Tensor[] = []): Group {
+function both(
+  shape: string,
+  trained: readonly Tensor[],
+  f: () => Tensor,
+  parts: readonly Part[],
+  constants: readonly Tensor[] = [],
+): Group {
   for (const t of trained) parameter(t);
   const y = noGrad(f);
   const dy = random(y.shape);
@@ -136,10 +146,15 @@ function attentionGroup({ b, t }: Tokens, h: number, g: number, d: number, windo
   for (let i = 0; i < t; i++) pairs += Math.min(i + 1, window ?? t);
   const useful = b * h * pairs * d;
   const bytes = 4 * b * t * d * (2 * h + 2 * g);
-  return both(`${b}x${t} h${h}/${g} d${d} window ${window ?? 'none'} cap 50`, [q, k, v], () => attention(q, k, v, { cap: 50, window }), [
-    { kernel: 'attention', flops: 4 * useful, bytes },
-    { kernel: 'attention_backward', flops: 10 * useful, bytes: 2 * bytes },
-  ]);
+  return both(
+    `${b}x${t} h${h}/${g} d${d} window ${window ?? 'none'} cap 50`,
+    [q, k, v],
+    () => attention(q, k, v, { cap: 50, window }),
+    [
+      { kernel: 'attention', flops: 4 * useful, bytes },
+      { kernel: 'attention_backward', flops: 10 * useful, bytes: 2 * bytes },
+    ],
+  );
 }
 
 function movers({ b, t }: Tokens, c: number, h: number, d: number, f: number, v: number): Group[] {
@@ -167,20 +182,35 @@ function movers({ b, t }: Tokens, c: number, h: number, d: number, f: number, v:
     );
   }
   groups.push(
-    both(`${rows} of ${v}x${c}`, [table], () => embedding(token, table, { scale: 16 }), [
-      { kernel: 'embedding', flops: 0, bytes: 2 * size },
-      { kernel: 'embedding_backward', flops: 0, bytes: size + 4 * v * c },
-    ], [token]),
+    both(
+      `${rows} of ${v}x${c}`,
+      [table],
+      () => embedding(token, table, { scale: 16 }),
+      [
+        { kernel: 'embedding', flops: 0, bytes: 2 * size },
+        { kernel: 'embedding_backward', flops: 0, bytes: size + 4 * v * c },
+      ],
+      [token],
+    ),
   );
   {
     const x = random([b, t, h, d]);
-    const positions = tensor(Int32Array.from({ length: rows }, (_, i) => i % t), [b, t]);
+    const positions = tensor(
+      Int32Array.from({ length: rows }, (_, i) => i % t),
+      [b, t],
+    );
     const angles = ropeTable(positions, { headSize: d });
     groups.push(
-      both(`${b}x${t}x${h}x${d}`, [x], () => rope(x, angles), [
-        { kernel: 'rope', flops: 0, bytes: 8 * rows * h * d },
-        { kernel: 'rope_backward', flops: 0, bytes: 8 * rows * h * d },
-      ], [positions, angles]),
+      both(
+        `${b}x${t}x${h}x${d}`,
+        [x],
+        () => rope(x, angles),
+        [
+          { kernel: 'rope', flops: 0, bytes: 8 * rows * h * d },
+          { kernel: 'rope_backward', flops: 0, bytes: 8 * rows * h * d },
+        ],
+        [positions, angles],
+      ),
     );
   }
   {
@@ -210,13 +240,24 @@ function lossGroups(rows: number, c: number, e: number, v: number): Group[] {
   });
   return [
     one('linear_cross_entropy', 6 * rows * c * v, () => linearCrossEntropy(x, w, targets, { cap: 30 }).total),
-    one('linear_distill', 6 * rows * c * v + 2 * rows * e * v, () => linearDistill(x, w, { cap: 30, teacher: { hidden: tx, head: tw, cap: 30 } }).total),
+    one(
+      'linear_distill',
+      6 * rows * c * v + 2 * rows * e * v,
+      () => linearDistill(x, w, { cap: 30, teacher: { hidden: tx, head: tw, cap: 30 } }).total,
+    ),
   ];
 }
 
 function optimizerGroup(n: number): Group {
   const parameters = createParameters({ w: matrix('w', [n], 0.02) }, { seed: 1 });
-  const optimizer = createOptimizer(parameters, { learningRate: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, clip: 1 });
+  const optimizer = createOptimizer(parameters, {
+    learningRate: 1e-3,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weightDecay: 0.1,
+    clip: 1,
+  });
   return {
     shape: `${n}`,
     parts: [
@@ -232,7 +273,18 @@ function optimizerGroup(n: number): Group {
 
 const student = { b: 8, t: 256 };
 const groups: (() => Group | Group[])[] = [
-  ...[[256, 256], [256, 128], [256, 1024], [512, 512], [512, 2048], [2048, 512]].map(([k, n]) => () => linearGroup(student, k!, n!)),
+  ...[
+    [256, 256],
+    [256, 128],
+    [256, 1024],
+    [512, 512],
+    [512, 2048],
+    [2048, 512],
+  ].map(
+    ([k, n]) =>
+      () =>
+        linearGroup(student, k!, n!),
+  ),
   () => gatedGroup(student, 1024, 256),
   () => gatedGroup(student, 2048, 512),
   () => attentionGroup({ b: 8, t: 256 }, 4, 2, 64, 128),
@@ -305,7 +357,9 @@ for (const make of groups) {
         unit: 'ms',
       });
       if (flags.json) {
-        process.stdout.write(`${JSON.stringify({ op: part.kernel, shape: group.shape, ms: median * 1000, gflops: moves ? null : rate / 1e9, gbs: moves ? rate / 1e9 : null, share })}\n`);
+        process.stdout.write(
+          `${JSON.stringify({ op: part.kernel, shape: group.shape, ms: median * 1000, gflops: moves ? null : rate / 1e9, gbs: moves ? rate / 1e9 : null, share })}\n`,
+        );
       } else {
         process.stdout.write(
           `${part.kernel.padEnd(24)}${group.shape.padEnd(46)}${(median * 1000).toFixed(3).padStart(11)}${(moves ? '' : (rate / 1e9).toFixed(1)).padStart(10)}${(moves ? (rate / 1e9).toFixed(1) : '').padStart(8)}${`${(100 * share).toFixed(0)} %`.padStart(9)}\n`,

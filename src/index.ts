@@ -1,28 +1,57 @@
 // Every public name of limbeck, listed by hand.
 
-// Tensors and the engine
-export type { DataArray, DType } from './tensor/dtype.ts';
-export { type EngineOptions, init, type MemoryReport, memory, type OpTime, profile, resetPeak, shutdown, sync, trim } from './tensor/engine.ts';
+// Tokenizers and data
 export {
-  ConfigError,
-  DataError,
-  DeviceError,
-  DisposedError,
-  DTypeError,
-  type ErrorData,
-  FileError,
-  FormatError,
-  LimbeckError,
-  OutOfMemoryError,
-  ShapeError,
-  TrainingError,
-} from './tensor/errors.ts';
-export { type BackendInfo, backendInfo } from './tensor/info.ts';
-export { type CallOptions, type Op, type OpSpec, op } from './tensor/op.ts';
-export { keep, scope } from './tensor/scope.ts';
-export { noGrad, recompute, valueAndGrad, zeroGrad } from './tensor/tape.ts';
-export { empty, parameter, readAs, Tensor, tensor, write, zeros } from './tensor/tensor.ts';
-
+  type Dataset,
+  type DatasetOptions,
+  type DatasetReport,
+  type DatasetState,
+  type Loader,
+  openDataset,
+} from './data/dataset.ts';
+export { type JsonlOptions, jsonl } from './data/jsonl.ts';
+export { type Batch, type Layout, packDocuments } from './data/pack.ts';
+export { type Source, type TextFilesOptions, type TextSource, type TokenSource, textFiles, texts } from './data/source.ts';
+export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeTokenFile } from './data/tokens.ts';
+// Training, distillation, evaluation
+export { distill } from './distill/distill.ts';
+export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
+// Files
+export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
+export { createCache, type KeyValueCache } from './models/cache.ts';
+export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
+export {
+  type ForwardOptions,
+  type Gemma2Config,
+  type Gemma2Parameters,
+  type Gemma2Preset,
+  gemma2Hidden,
+  gemma2Presets,
+  gemma2Spec,
+  type ModelInput,
+} from './models/gemma2.ts';
+export { type GenerateOptions, generate, generateText, type SamplingOptions } from './models/generate.ts';
+export {
+  createModel,
+  type LanguageModel,
+  type LoadedModel,
+  loadModel,
+  loadWeights,
+  modelConfig,
+  saveModel,
+} from './models/model.ts';
+// Parameters and models
+export {
+  countParameters,
+  createParameters,
+  matrix,
+  type NamedParameter,
+  type ParameterSpec,
+  type Parameters,
+  type SpecTree,
+  type Tensors,
+  vector,
+} from './nn/parameters.ts';
 // Ops
 export { geglu, gelu, silu, swiglu } from './ops/activation.ts';
 export { type AttentionOptions, attention } from './ops/attention.ts';
@@ -46,46 +75,47 @@ export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } f
 export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, rope, ropeTable } from './ops/rotary.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';
-
-// Parameters and models
+// Tensors and the engine
+export type { DataArray, DType } from './tensor/dtype.ts';
 export {
-  countParameters,
-  createParameters,
-  matrix,
-  type NamedParameter,
-  type ParameterSpec,
-  type Parameters,
-  type SpecTree,
-  type Tensors,
-  vector,
-} from './nn/parameters.ts';
-export { createCache, type KeyValueCache } from './models/cache.ts';
-export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
+  type EngineOptions,
+  init,
+  type MemoryReport,
+  memory,
+  type OpTime,
+  profile,
+  resetPeak,
+  shutdown,
+  sync,
+  trim,
+} from './tensor/engine.ts';
 export {
-  type ForwardOptions,
-  type Gemma2Config,
-  type Gemma2Parameters,
-  type Gemma2Preset,
-  gemma2Hidden,
-  gemma2Presets,
-  gemma2Spec,
-  type ModelInput,
-} from './models/gemma2.ts';
-export { type GenerateOptions, generate, generateText, type SamplingOptions } from './models/generate.ts';
-export { createModel, type LanguageModel, type LoadedModel, loadModel, loadWeights, modelConfig, saveModel } from './models/model.ts';
-
-// Tokenizers and data
-export { type Dataset, type DatasetOptions, type DatasetReport, type DatasetState, type Loader, openDataset } from './data/dataset.ts';
-export { type JsonlOptions, jsonl } from './data/jsonl.ts';
-export { type Batch, type Layout, packDocuments } from './data/pack.ts';
-export { type Source, type TextFilesOptions, type TextSource, type TokenSource, textFiles, texts } from './data/source.ts';
-export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeTokenFile } from './data/tokens.ts';
-export { type EncodeOptions, loadTokenizer, type TokenDecoder, type Tokenizer, tokenizerFromJson } from './tokenizer/tokenizer.ts';
+  ConfigError,
+  DataError,
+  DeviceError,
+  DisposedError,
+  DTypeError,
+  type ErrorData,
+  FileError,
+  FormatError,
+  LimbeckError,
+  OutOfMemoryError,
+  ShapeError,
+  TrainingError,
+} from './tensor/errors.ts';
+export { type BackendInfo, backendInfo } from './tensor/info.ts';
+export { type CallOptions, type Op, type OpSpec, op } from './tensor/op.ts';
+export { keep, scope } from './tensor/scope.ts';
+export { noGrad, recompute, valueAndGrad, zeroGrad } from './tensor/tape.ts';
+export { empty, parameter, readAs, Tensor, tensor, write, zeros } from './tensor/tensor.ts';
+export {
+  type EncodeOptions,
+  loadTokenizer,
+  type TokenDecoder,
+  type Tokenizer,
+  tokenizerFromJson,
+} from './tokenizer/tokenizer.ts';
 export { type TokenizerProgress, type TokenizerTraining, trainTokenizer } from './tokenizer/train.ts';
-
-// Training, distillation, evaluation
-export { distill } from './distill/distill.ts';
-export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
 export { type DeviceBatch, upload } from './train/batch.ts';
 export {
   type DistillConfig,
@@ -105,6 +135,3 @@ export { pretrain } from './train/pretrain.ts';
 export { record } from './train/record.ts';
 export { type ReportRun, readRun, renderReport, writeReport } from './train/report.ts';
 export { learningRate } from './train/schedules.ts';
-
-// Files
-export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';

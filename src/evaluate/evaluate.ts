@@ -7,8 +7,8 @@ import { dot } from '../ops/reduce.ts';
 import { reshape } from '../ops/reshape.ts';
 import { init, started } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
-import { noGrad } from '../tensor/tape.ts';
 import { scope } from '../tensor/scope.ts';
+import { noGrad } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 import { upload } from '../train/batch.ts';
 import type { Evaluation } from '../train/events.ts';
@@ -79,7 +79,12 @@ export interface EvaluateOptions {
   /** A model folder, or the output folder of a run: its newest checkpoint. */
   readonly checkpoint: string;
   /** The text to score: one of the three. */
-  readonly data: { readonly text?: string | string[]; readonly jsonl?: string | string[]; readonly tokens?: string | string[]; readonly field?: string };
+  readonly data: {
+    readonly text?: string | string[];
+    readonly jsonl?: string | string[];
+    readonly tokens?: string | string[];
+    readonly field?: string;
+  };
   /** Checkpoint to compare with: adds KL and top-1 agreement. */
   readonly teacher?: string;
   /** Tokens of a sequence. Default 256. */
@@ -102,10 +107,20 @@ export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
   try {
     if (options.teacher !== undefined) teacher = await loadWeights(await resolveCheckpoint(options.teacher));
     const source = sourceOf(options.data);
-    const data = await openDataset({ train: [], validation: source, tokenizer, length, batch: sequences, ...(signal === undefined ? {} : { signal }) });
+    const data = await openDataset({
+      train: [],
+      validation: source,
+      tokenizer,
+      length,
+      batch: sequences,
+      ...(signal === undefined ? {} : { signal }),
+    });
     try {
       const scored = data.validation(batches === undefined ? {} : { batches });
-      return await evaluateModel(model, scored, { ...(teacher === undefined ? {} : { teacher }), ...(signal === undefined ? {} : { signal }) });
+      return await evaluateModel(model, scored, {
+        ...(teacher === undefined ? {} : { teacher }),
+        ...(signal === undefined ? {} : { signal }),
+      });
     } finally {
       await data.close();
     }

@@ -1,7 +1,6 @@
 // Keys and values of the tokens that were read, so that generation computes each token once.
 import { copy_ } from '../ops/elementwise.ts';
-import { rows } from '../ops/reshape.ts';
-import { reshape } from '../ops/reshape.ts';
+import { reshape, rows } from '../ops/reshape.ts';
 import { ShapeError } from '../tensor/errors.ts';
 import { keep } from '../tensor/scope.ts';
 import { empty, type Tensor } from '../tensor/tensor.ts';
@@ -42,7 +41,10 @@ export function extend(cache: KeyValueCache, layer: number, now: KeyValue): KeyV
   const [b = 0, t = 0, ...rest] = now.key.shape;
   const end = cache.length + t;
   if (b !== 1 || end > cache.capacity) {
-    throw new ShapeError(`cache: ${b} sequence(s) of ${end} tokens, the cache has room for 1 of ${cache.capacity}`, { code: 'ERR_SHAPE', op: 'cache' });
+    throw new ShapeError(`cache: ${b} sequence(s) of ${end} tokens, the cache has room for 1 of ${cache.capacity}`, {
+      code: 'ERR_SHAPE',
+      op: 'cache',
+    });
   }
   const all = cache.layers[layer]!;
   const append = (to: Tensor, from: Tensor): Tensor => {

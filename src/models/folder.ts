@@ -30,7 +30,8 @@ export async function pruneCheckpoints(output: string, keep: number): Promise<vo
   const folder = join(output, 'checkpoints');
   const partial = (await readdir(folder)).filter(isPartial).map((name) => join(folder, name));
   const all = await checkpointFolders(output);
-  for (const path of [...partial, ...all.slice(0, Math.max(0, all.length - keep))]) await rm(path, { recursive: true, force: true });
+  for (const path of [...partial, ...all.slice(0, Math.max(0, all.length - keep))])
+    await rm(path, { recursive: true, force: true });
 }
 
 /** The newest complete checkpoint of an output folder; undefined when there is none. */
@@ -44,9 +45,12 @@ export async function resolveCheckpoint(path: string): Promise<string> {
   if (here?.isFile()) return path;
   const newest = await latestCheckpoint(path);
   if (newest !== undefined) return newest;
-  throw new FormatError(`${path}: neither a model folder (config.json, model.safetensors, tokenizer.json) nor an output folder with checkpoints`, {
-    code: 'ERR_CHECKPOINT',
-    op: 'loadModel',
-    argument: path,
-  });
+  throw new FormatError(
+    `${path}: neither a model folder (config.json, model.safetensors, tokenizer.json) nor an output folder with checkpoints`,
+    {
+      code: 'ERR_CHECKPOINT',
+      op: 'loadModel',
+      argument: path,
+    },
+  );
 }

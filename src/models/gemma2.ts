@@ -11,7 +11,7 @@ import { ConfigError } from '../tensor/errors.ts';
 import { scope } from '../tensor/scope.ts';
 import { recompute } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
-import { type KeyValueCache, extend } from './cache.ts';
+import { extend, type KeyValueCache } from './cache.ts';
 
 export interface Gemma2Config {
   /** Rows of the embedding table, which is the output head too. */
@@ -52,17 +52,98 @@ const common = {
 
 /** The published sizes, with the 256,128 rows that the report counts (public weights keep 256,000), and small ones for the CPU. */
 export const gemma2Presets = {
-  'gemma2-2b': { ...common, vocabSize: 256_128, width: 2304, layers: 26, heads: 8, kvHeads: 4, headSize: 256, hidden: 9216, window: 4096, queryScalar: 256 },
-  'gemma2-9b': { ...common, vocabSize: 256_128, width: 3584, layers: 42, heads: 16, kvHeads: 8, headSize: 256, hidden: 14_336, window: 4096, queryScalar: 256 },
-  'gemma2-27b': { ...common, vocabSize: 256_128, width: 4608, layers: 46, heads: 32, kvHeads: 16, headSize: 128, hidden: 36_864, window: 4096, queryScalar: 144 },
+  'gemma2-2b': {
+    ...common,
+    vocabSize: 256_128,
+    width: 2304,
+    layers: 26,
+    heads: 8,
+    kvHeads: 4,
+    headSize: 256,
+    hidden: 9216,
+    window: 4096,
+    queryScalar: 256,
+  },
+  'gemma2-9b': {
+    ...common,
+    vocabSize: 256_128,
+    width: 3584,
+    layers: 42,
+    heads: 16,
+    kvHeads: 8,
+    headSize: 256,
+    hidden: 14_336,
+    window: 4096,
+    queryScalar: 256,
+  },
+  'gemma2-27b': {
+    ...common,
+    vocabSize: 256_128,
+    width: 4608,
+    layers: 46,
+    heads: 32,
+    kvHeads: 16,
+    headSize: 128,
+    hidden: 36_864,
+    window: 4096,
+    queryScalar: 144,
+  },
   /** 0.3 M parameters without the embedding: for tests and first tries. */
-  'gemma2-nano': { ...common, vocabSize: 4096, width: 96, layers: 2, heads: 3, kvHeads: 1, headSize: 32, hidden: 384, window: 64, queryScalar: 32, context: 512 },
+  'gemma2-nano': {
+    ...common,
+    vocabSize: 4096,
+    width: 96,
+    layers: 2,
+    heads: 3,
+    kvHeads: 1,
+    headSize: 32,
+    hidden: 384,
+    window: 64,
+    queryScalar: 32,
+    context: 512,
+  },
   /** 1 M parameters without the embedding. */
-  'gemma2-micro': { ...common, vocabSize: 4096, width: 128, layers: 4, heads: 4, kvHeads: 2, headSize: 32, hidden: 512, window: 64, queryScalar: 32, context: 512 },
+  'gemma2-micro': {
+    ...common,
+    vocabSize: 4096,
+    width: 128,
+    layers: 4,
+    heads: 4,
+    kvHeads: 2,
+    headSize: 32,
+    hidden: 512,
+    window: 64,
+    queryScalar: 32,
+    context: 512,
+  },
   /** 5.9 M parameters without the embedding. */
-  'gemma2-mini': { ...common, vocabSize: 8192, width: 256, layers: 6, heads: 4, kvHeads: 2, headSize: 64, hidden: 1024, window: 128, queryScalar: 64, context: 2048 },
+  'gemma2-mini': {
+    ...common,
+    vocabSize: 8192,
+    width: 256,
+    layers: 6,
+    heads: 4,
+    kvHeads: 2,
+    headSize: 64,
+    hidden: 1024,
+    window: 128,
+    queryScalar: 64,
+    context: 2048,
+  },
   /** 31.5 M parameters without the embedding. */
-  'gemma2-small': { ...common, vocabSize: 8192, width: 512, layers: 8, heads: 8, kvHeads: 4, headSize: 64, hidden: 2048, window: 128, queryScalar: 64, context: 2048 },
+  'gemma2-small': {
+    ...common,
+    vocabSize: 8192,
+    width: 512,
+    layers: 8,
+    heads: 8,
+    kvHeads: 4,
+    headSize: 64,
+    hidden: 2048,
+    window: 128,
+    queryScalar: 64,
+    context: 2048,
+  },
 } as const satisfies Record<string, Gemma2Config>;
 
 export type Gemma2Preset = keyof typeof gemma2Presets;
@@ -124,7 +205,7 @@ export function gemma2Spec(c: Gemma2Config) {
 }
 
 export type Gemma2Parameters = Tensors<ReturnType<typeof gemma2Spec>>;
-type LayerParameters = Gemma2Parameters["layers"][number];
+type LayerParameters = Gemma2Parameters['layers'][number];
 
 /** What the model reads. */
 export interface ModelInput {

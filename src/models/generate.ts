@@ -1,7 +1,7 @@
 // Text from a model, one token at a time, with keys and values kept.
 import { softcap } from '../ops/elementwise.ts';
 import { linear } from '../ops/linear.ts';
-import { rows, reshape } from '../ops/reshape.ts';
+import { reshape, rows } from '../ops/reshape.ts';
 import { init, started } from '../tensor/engine.ts';
 import { ConfigError, DataError } from '../tensor/errors.ts';
 import { checkSeed, randomBlock, uniform } from '../tensor/random.ts';
@@ -46,7 +46,11 @@ export async function* generateText(
   const { layers, kvHeads, headSize, context } = model.config;
   const ids = tokenizer.encode(prompt, { bos: tokenizer.bos !== undefined });
   if (ids.length === 0) {
-    throw new DataError('generate: the prompt is empty and the tokenizer has no begin token; give some text', { code: 'ERR_EMPTY', op: 'generate', argument: 'prompt' });
+    throw new DataError('generate: the prompt is empty and the tokenizer has no begin token; give some text', {
+      code: 'ERR_EMPTY',
+      op: 'generate',
+      argument: 'prompt',
+    });
   }
   if (ids.length >= context) {
     throw new DataError(`generate: the prompt has ${ids.length} tokens, the model's context is ${context}; shorten the prompt`, {
@@ -86,7 +90,10 @@ async function nextScores(model: LanguageModel, cache: KeyValueCache, ids: Array
       const t = ids.length;
       const input = {
         ids: tensor(Int32Array.from(ids), [1, t]),
-        positions: tensor(Int32Array.from({ length: t }, (_, i) => cache.length + i), [1, t]),
+        positions: tensor(
+          Int32Array.from({ length: t }, (_, i) => cache.length + i),
+          [1, t],
+        ),
         cache,
       };
       const last = rows(reshape(model.hidden(input), [t, width]), t - 1, t);
@@ -133,7 +140,13 @@ function draw(logits: Float32Array, options: { temperature: number; topK: number
 
 function check(name: string, value: number, good: boolean, expected: string): void {
   if (good) return;
-  throw new ConfigError(`generate: ${name} is ${value}, expected ${expected}`, { code: 'ERR_CONFIG', op: 'generate', argument: name, expected, actual: String(value) });
+  throw new ConfigError(`generate: ${name} is ${value}, expected ${expected}`, {
+    code: 'ERR_CONFIG',
+    op: 'generate',
+    argument: name,
+    expected,
+    actual: String(value),
+  });
 }
 
 export interface GenerateOptions extends SamplingOptions {

@@ -166,7 +166,11 @@ function widen(data: ArrayBufferView, dtype: string, what: string): Float32Array
     for (let i = 0; i < data.length; i++) bits[i] = data[i]! << 16;
     return new Float32Array(bits.buffer);
   }
-  throw new FormatError(`${what} is ${dtype}; weights are F32, F16, BF16 or F64`, { code: 'ERR_CHECKPOINT', op: 'loadModel', actual: dtype });
+  throw new FormatError(`${what} is ${dtype}; weights are F32, F16, BF16 or F64`, {
+    code: 'ERR_CHECKPOINT',
+    op: 'loadModel',
+    actual: dtype,
+  });
 }
 
 async function readJson(path: string): Promise<unknown> {

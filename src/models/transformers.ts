@@ -66,21 +66,21 @@ export function fromTransformers(json: unknown, where: string): Gemma2Config {
     return typeof value === 'number' && Number.isFinite(value) ? value : refuse(field, 'a number', j[field]);
   };
   const cap = (field: string): number | null => (j[field] === null || j[field] === undefined ? null : number(field));
-  if (j['model_type'] !== 'gemma2') refuse('model_type', '"gemma2"', j['model_type']);
-  if (j['attention_bias'] === true) refuse('attention_bias', 'false', true);
-  if (j['tie_word_embeddings'] === false) refuse('tie_word_embeddings', 'true', false);
-  const activation = j['hidden_activation'] ?? 'gelu_pytorch_tanh';
+  if (j.model_type !== 'gemma2') refuse('model_type', '"gemma2"', j.model_type);
+  if (j.attention_bias === true) refuse('attention_bias', 'false', true);
+  if (j.tie_word_embeddings === false) refuse('tie_word_embeddings', 'true', false);
+  const activation = j.hidden_activation ?? 'gelu_pytorch_tanh';
   if (activation !== 'gelu_pytorch_tanh') refuse('hidden_activation', '"gelu_pytorch_tanh"', activation);
   const layers = number('num_hidden_layers');
-  const types = j['layer_types'];
+  const types = j.layer_types;
   if (Array.isArray(types)) {
     const wrong = types.findIndex((t, i) => t !== (i % 2 === 0 ? 'sliding_attention' : 'full_attention'));
     if (wrong >= 0 || types.length !== layers)
       refuse('layer_types', 'sliding_attention and full_attention in turn, one a layer', types);
   }
-  const rope = (j['rope_parameters'] ?? {}) as Record<string, unknown>;
-  if (rope['rope_type'] !== undefined && rope['rope_type'] !== 'default')
-    refuse('rope_parameters.rope_type', '"default"', rope['rope_type']);
+  const rope = (j.rope_parameters ?? {}) as Record<string, unknown>;
+  if (rope.rope_type !== undefined && rope.rope_type !== 'default')
+    refuse('rope_parameters.rope_type', '"default"', rope.rope_type);
   const config: Gemma2Config = {
     vocabSize: number('vocab_size'),
     width: number('hidden_size'),
@@ -93,7 +93,7 @@ export function fromTransformers(json: unknown, where: string): Gemma2Config {
     attentionCap: cap('attn_logit_softcapping'),
     finalCap: cap('final_logit_softcapping'),
     queryScalar: number('query_pre_attn_scalar'),
-    ropeBase: typeof rope['rope_theta'] === 'number' ? rope['rope_theta'] : number('rope_theta', 10_000),
+    ropeBase: typeof rope.rope_theta === 'number' ? rope.rope_theta : number('rope_theta', 10_000),
     normEps: number('rms_norm_eps', 1e-6),
     initStd: number('initializer_range', 0.02),
     context: number('max_position_embeddings', 8192),

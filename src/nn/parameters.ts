@@ -89,7 +89,10 @@ function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec
  * @param options.trainable with gradients. Default true.
  * @param options.seed initial values; undefined leaves all values zero, for loading into.
  */
-export function createParameters<S extends SpecTree>(tree: S, options: { trainable?: boolean; seed?: number } = {}): Parameters<S> {
+export function createParameters<S extends SpecTree>(
+  tree: S,
+  options: { trainable?: boolean; seed?: number } = {},
+): Parameters<S> {
   const { trainable = true, seed } = options;
   const specs = specsOf(tree);
   const size = specs.reduce((n, s) => n + padded(s.shape.reduce((a, b) => a * b, 1)), 0);

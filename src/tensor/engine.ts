@@ -1,6 +1,16 @@
 // The native engine of this JavaScript thread: started on first use, talked to through one shared array of numbers.
 import { availableParallelism, totalmem } from 'node:os';
-import { ConfigError, DataError, DeviceError, DisposedError, DTypeError, FormatError, LimbeckError, OutOfMemoryError, ShapeError } from './errors.ts';
+import {
+  ConfigError,
+  DataError,
+  DeviceError,
+  DisposedError,
+  DTypeError,
+  FormatError,
+  LimbeckError,
+  OutOfMemoryError,
+  ShapeError,
+} from './errors.ts';
 import { loadNative, type NativeAddon } from './native.ts';
 
 export interface EngineOptions {

@@ -66,7 +66,11 @@ export function launch(
     if (typeof r === 'object') return r.into;
     if (r === 'skip') return undefined;
     const from = i * outputSlots;
-    return { handle: io[from]!, dtype: dtypes[io[from + 1]!]!, shape: Array.from(io.subarray(from + 3, from + 3 + io[from + 2]!)) };
+    return {
+      handle: io[from]!,
+      dtype: dtypes[io[from + 1]!]!,
+      shape: Array.from(io.subarray(from + 3, from + 3 + io[from + 2]!)),
+    };
   });
   return handles.map((h) => (h === undefined || 'held' in h ? h : wrap(h.handle, h.dtype, h.shape)));
 }

@@ -54,7 +54,10 @@ export function op(spec: OpSpec): Op {
     const options: CallOptions = typeof last === 'object' && 'outputs' in last ? last : {};
     const args = (given.length > info.arguments.length && last === options ? given.slice(0, -1) : given) as Argument[];
     if (args.length !== info.arguments.length) {
-      throw new LimbeckError(`${info.op}: ${args.length} arguments given, the op is ${spec.forward}`, { code: 'ERR_ARGUMENTS', op: info.op });
+      throw new LimbeckError(`${info.op}: ${args.length} arguments given, the op is ${spec.forward}`, {
+        code: 'ERR_ARGUMENTS',
+        op: info.op,
+      });
     }
     const tracked = isRecording() && args.some((a) => typeof a === 'object' && a.tracked);
     const heads = spec.head === true ? headGradients(info.outputs, info.arguments, args, tracked) : undefined;
@@ -73,7 +76,10 @@ export function op(spec: OpSpec): Op {
         plan ??= makePlan(forward, backward);
         recordCall(info.op, plan, args, outputs);
       } else {
-        throw new LimbeckError(`${info.op}: no gradient is defined; call it inside noGrad() if none is wanted`, { code: 'ERR_NO_GRADIENT', op: info.op });
+        throw new LimbeckError(`${info.op}: no gradient is defined; call it inside noGrad() if none is wanted`, {
+          code: 'ERR_NO_GRADIENT',
+          op: info.op,
+        });
       }
     }
     // A skipped output is a hole that callers do not look at.
@@ -87,7 +93,10 @@ function makePlan(forward: Kernel, backward: Kernel): BackwardPlan {
   const input = (name: string): number => f.arguments.findIndex((a) => a.name === name);
   const output = (name: string): number => f.outputs.findIndex((o) => o.name === name);
   const unknown = (name: string): never => {
-    throw new LimbeckError(`${b.op}: unknown name '${name}' in '${backward.text}'; the forward is '${forward.text}'`, { code: 'ERR_SIGNATURE', op: b.op });
+    throw new LimbeckError(`${b.op}: unknown name '${name}' in '${backward.text}'; the forward is '${forward.text}'`, {
+      code: 'ERR_SIGNATURE',
+      op: b.op,
+    });
   };
   const sources = b.arguments.map(({ name }): Source => {
     if (input(name) >= 0) return { from: 'input', index: input(name) };
@@ -95,7 +104,8 @@ function makePlan(forward: Kernel, backward: Kernel): BackwardPlan {
     if (name.startsWith('d') && output(name.slice(1)) >= 0) return { from: 'gradient', index: output(name.slice(1)) };
     return unknown(name);
   });
-  const targetOf = (name: string): number => (name.startsWith('d') && input(name.slice(1)) >= 0 ? input(name.slice(1)) : unknown(name));
+  const targetOf = (name: string): number =>
+    name.startsWith('d') && input(name.slice(1)) >= 0 ? input(name.slice(1)) : unknown(name);
   const used = (from: Source['from']): number[] => [
     ...new Set(sources.filter((s) => s.from === from && !(from === 'input' && f.arguments[s.index]!.scalar)).map((s) => s.index)),
   ];
@@ -117,7 +127,9 @@ function recordCall(name: string, plan: BackwardPlan, args: readonly Argument[],
     op: name,
     outputs: outputs.filter((t) => t !== undefined),
     backward(gradients) {
-      const wanted = plan.targets.map((i) => (typeof args[i] === 'object' && (args[i] as Tensor).tracked ? (args[i] as Tensor) : undefined));
+      const wanted = plan.targets.map((i) =>
+        typeof args[i] === 'object' && (args[i] as Tensor).tracked ? (args[i] as Tensor) : undefined,
+      );
       if (wanted.some((t) => t !== undefined)) callBackward(plan, args, outputs, wanted, gradients);
       for (const alias of plan.aliases) {
         const to = args[alias.argument];
@@ -175,7 +187,12 @@ function isGradientName(name: string, args: readonly Named[]): boolean {
 }
 
 /** What a loss head is asked to do with the gradients it can make: outputs `d` + input of tracked inputs. */
-function headGradients(outputs: readonly Named[], names: readonly Named[], args: readonly Argument[], tracked: boolean): (Request | undefined)[] {
+function headGradients(
+  outputs: readonly Named[],
+  names: readonly Named[],
+  args: readonly Argument[],
+  tracked: boolean,
+): (Request | undefined)[] {
   return outputs.map(({ name }) => {
     const input = args[names.findIndex((a) => name === `d${a.name}`)];
     if (!tracked || typeof input !== 'object' || !input.tracked) return undefined;

@@ -3,7 +3,7 @@ import type { Tensor } from './tensor.ts';
 
 let current: Set<Tensor> | undefined;
 
-const leaks: Map<Tensor, string> | undefined = process.env['LIMBECK_LEAKS'] === '1' ? new Map() : undefined;
+const leaks: Map<Tensor, string> | undefined = process.env.LIMBECK_LEAKS === '1' ? new Map() : undefined;
 leaks && process.on('exit', reportLeaks);
 
 /** @internal Every new tensor passes here. */
@@ -20,7 +20,9 @@ export function untrack(t: Tensor): void {
 
 function reportLeaks(): void {
   for (const [t, stack] of leaks!) {
-    process.stderr.write(`limbeck: a tensor of shape [${t.shape.join(' ')}] was never freed; made${stack.slice('Error'.length)}\n`);
+    process.stderr.write(
+      `limbeck: a tensor of shape [${t.shape.join(' ')}] was never freed; made${stack.slice('Error'.length)}\n`,
+    );
   }
 }
 
@@ -49,10 +51,13 @@ export function scope<T>(f: () => T): T {
   try {
     const result = f();
     if (result instanceof Promise) {
-      throw new LimbeckError('scope: the function is async; a scope ends when its function returns, so await outside and free with dispose()', {
-        code: 'ERR_ASYNC_SCOPE',
-        op: 'scope',
-      });
+      throw new LimbeckError(
+        'scope: the function is async; a scope ends when its function returns, so await outside and free with dispose()',
+        {
+          code: 'ERR_ASYNC_SCOPE',
+          op: 'scope',
+        },
+      );
     }
     eachTensor(result, (t) => {
       if (mine.delete(t)) outer?.add(t);

@@ -169,17 +169,22 @@ function walk(nodes: TapeNode[], gradients: Gradients): void {
  */
 export function valueAndGrad(f: () => Tensor): Tensor {
   if (recording !== undefined) {
-    throw new LimbeckError('valueAndGrad: already inside valueAndGrad; gradients of gradients are not supported', { code: 'ERR_NESTED_GRAD' });
+    throw new LimbeckError('valueAndGrad: already inside valueAndGrad; gradients of gradients are not supported', {
+      code: 'ERR_NESTED_GRAD',
+    });
   }
   return scope(() => {
     const { value: loss, nodes } = recordCalls(f);
     const gradients = new Gradients();
     try {
       if (loss.size !== 1) {
-        throw new ShapeError(`valueAndGrad: the function returned shape [${loss.shape.join(' ')}], expected one element; use sum() or mean()`, {
-          code: 'ERR_SHAPE',
-          op: 'valueAndGrad',
-        });
+        throw new ShapeError(
+          `valueAndGrad: the function returned shape [${loss.shape.join(' ')}], expected one element; use sum() or mean()`,
+          {
+            code: 'ERR_SHAPE',
+            op: 'valueAndGrad',
+          },
+        );
       }
       gradients.seed(loss);
     } catch (error) {

@@ -93,10 +93,13 @@ export class Tensor {
 /** The handle, or a typed error when the tensor was freed. */
 export function handleOf(t: Tensor, op: string): number {
   if (!t.held) {
-    throw new DisposedError(`${op}: a tensor of shape [${t.shape.join(' ')}] was used after it was freed; return it from its scope to keep it`, {
-      code: 'ERR_TENSOR_DISPOSED',
-      op,
-    });
+    throw new DisposedError(
+      `${op}: a tensor of shape [${t.shape.join(' ')}] was used after it was freed; return it from its scope to keep it`,
+      {
+        code: 'ERR_TENSOR_DISPOSED',
+        op,
+      },
+    );
   }
   return t.handle;
 }
@@ -134,11 +137,17 @@ export function unscopedEmpty(shape: readonly number[]): Tensor {
 
 function dimsToIo(shape: readonly number[]): void {
   if (shape.length > 6) {
-    throw new ShapeError(`tensor: ${shape.length} dims, at most 6 are supported`, { code: 'ERR_RANK', actual: String(shape.length) });
+    throw new ShapeError(`tensor: ${shape.length} dims, at most 6 are supported`, {
+      code: 'ERR_RANK',
+      actual: String(shape.length),
+    });
   }
   shape.forEach((d, i) => {
     if (!Number.isSafeInteger(d) || d < 0) {
-      throw new ShapeError(`tensor: dim ${i} is ${d}; give a whole number of 0 or more`, { code: 'ERR_SHAPE', actual: `[${shape.join(' ')}]` });
+      throw new ShapeError(`tensor: dim ${i} is ${d}; give a whole number of 0 or more`, {
+        code: 'ERR_SHAPE',
+        actual: `[${shape.join(' ')}]`,
+      });
     }
     io[i] = d;
   });
@@ -195,7 +204,10 @@ export function write(t: Tensor, data: readonly number[] | DataArray): void {
     });
   }
   if (t.dtype === 'bf16' && !(data instanceof Uint16Array)) {
-    throw new DTypeError('tensor: bf16 is written as raw bits in a Uint16Array; make f32 and use cast()', { code: 'ERR_DTYPE', expected: 'Uint16Array' });
+    throw new DTypeError('tensor: bf16 is written as raw bits in a Uint16Array; make f32 and use cast()', {
+      code: 'ERR_DTYPE',
+      expected: 'Uint16Array',
+    });
   }
   try {
     native().write(handleOf(t, 'write'), data instanceof type ? data : new type(data as readonly number[]));
@@ -228,7 +240,11 @@ export function unscopedView(t: Tensor, shape: readonly number[]): Tensor {
 /** Reads with the array type of a dtype that is known. */
 export async function readAs<D extends DType>(t: Tensor, dtype: D): Promise<ArrayOf[D]> {
   if (t.dtype !== dtype) {
-    throw new DTypeError(`read: the tensor is ${t.dtype}, expected ${dtype}`, { code: 'ERR_DTYPE', expected: dtype, actual: t.dtype });
+    throw new DTypeError(`read: the tensor is ${t.dtype}, expected ${dtype}`, {
+      code: 'ERR_DTYPE',
+      expected: dtype,
+      actual: t.dtype,
+    });
   }
   return (await t.read()) as ArrayOf[D];
 }

@@ -1,9 +1,9 @@
 // Checkpoints: a model folder that Transformers loads, and beside it what an exact resume needs. A checkpoint is complete or absent.
 import { mkdir, readdir, readFile, stat } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import type { DatasetState } from '../data/dataset.ts';
 import { replaceFolder, writeAtomic } from '../io/atomic.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import type { DatasetState } from '../data/dataset.ts';
 import { checkpointFolder, pruneCheckpoints } from '../models/folder.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
 import { FormatError } from '../tensor/errors.ts';
@@ -51,7 +51,12 @@ export async function saveCheckpoint(
     // One at a time: a moment is as large as the model.
     await writeSafetensors(
       join(into, names.optimizer),
-      Object.entries({ m, v }).map(([name, t]) => ({ name, dtype: 'F32' as const, shape: [...t.shape], data: () => readAs(t, 'f32') })),
+      Object.entries({ m, v }).map(([name, t]) => ({
+        name,
+        dtype: 'F32' as const,
+        shape: [...t.shape],
+        data: () => readAs(t, 'f32'),
+      })),
       { step: String(state.step) },
     );
     await writeAtomic(join(into, names.state), (file) => file.writeFile(`${JSON.stringify(state, null, 2)}\n`));
@@ -84,7 +89,12 @@ export async function readState(checkpoint: string): Promise<TrainingState> {
     return refuse(`cannot be read: ${(error as Error).message}`, error);
   }
   const counts = [state?.step, state?.tokens, state?.updates];
-  if (state?.format !== 1 || !counts.every((n) => Number.isSafeInteger(n) && n >= 0) || typeof state.pinned !== 'object' || !state.data) {
+  if (
+    state?.format !== 1 ||
+    !counts.every((n) => Number.isSafeInteger(n) && n >= 0) ||
+    typeof state.pinned !== 'object' ||
+    !state.data
+  ) {
     return refuse('is not the state of a training run');
   }
   return state;
@@ -97,14 +107,23 @@ export async function restoreOptimizer(checkpoint: string, optimizer: Optimizer,
   try {
     for (const [name, t] of Object.entries({ m: optimizer.m, v: optimizer.v })) {
       const entry = stored.tensors.get(name);
-      if (entry === undefined || entry.dtype !== 'F32' || entry.shape.length !== 1 || entry.shape[0] !== t.size || stored.metadata['step'] !== String(state.step)) {
-        throw new FormatError(`${path}: the moments of step ${state.step} for ${t.size} parameters were expected; the files of this checkpoint do not belong together`, {
-          code: 'ERR_CHECKPOINT',
-          op: 'resume',
-          argument: name,
-          expected: `[${t.size}]`,
-          actual: entry === undefined ? 'nothing' : `[${entry.shape.join(' ')}]`,
-        });
+      if (
+        entry === undefined ||
+        entry.dtype !== 'F32' ||
+        entry.shape.length !== 1 ||
+        entry.shape[0] !== t.size ||
+        stored.metadata.step !== String(state.step)
+      ) {
+        throw new FormatError(
+          `${path}: the moments of step ${state.step} for ${t.size} parameters were expected; the files of this checkpoint do not belong together`,
+          {
+            code: 'ERR_CHECKPOINT',
+            op: 'resume',
+            argument: name,
+            expected: `[${t.size}]`,
+            actual: entry === undefined ? 'nothing' : `[${entry.shape.join(' ')}]`,
+          },
+        );
       }
       write(t, (await stored.read(name)) as Float32Array);
     }

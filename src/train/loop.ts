@@ -1,12 +1,13 @@
 // The loop that pretraining and distillation share: steps, schedule, evaluation, checkpoints, resume, abort, and the guard against
 // losses that are not finite. The device works one step ahead of what is reported.
-import type { Batch } from '../data/pack.ts';
+
 import type { Dataset } from '../data/dataset.ts';
+import type { Batch } from '../data/pack.ts';
 import { latestCheckpoint } from '../models/folder.ts';
 import { generateText } from '../models/generate.ts';
 import type { LanguageModel } from '../models/model.ts';
-import { ConfigError, TrainingError } from '../tensor/errors.ts';
 import { memory, native, resetPeak } from '../tensor/engine.ts';
+import { ConfigError, TrainingError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { valueAndGrad } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
@@ -59,11 +60,16 @@ interface Reading {
   readonly values: Promise<{ loss: number; norm: number; kl?: number; ce?: number }>;
 }
 
-export async function* trainingLoop(parts: TrainingParts, options: LoopOptions = {}): AsyncGenerator<TrainEvent, void, undefined> {
+export async function* trainingLoop(
+  parts: TrainingParts,
+  options: LoopOptions = {},
+): AsyncGenerator<TrainEvent, void, undefined> {
   const { run, model, data, tokenizer } = parts;
   const steps = plannedSteps(run);
   const started = performance.now();
   const optimizer = createOptimizer(model.parameters, run.optimizer);
+  /** The step that the device works on, not reported yet. */
+  let ahead: Reading | undefined;
   try {
     resetPeak();
     let step = 0;
@@ -122,7 +128,8 @@ export async function* trainingLoop(parts: TrainingParts, options: LoopOptions =
       const now = performance.now();
       const seconds = (now - last) / 1000;
       last = now;
-      if (!Number.isFinite(values.loss) || !Number.isFinite(values.norm)) throw notFinite(reading, values, saved?.path ?? parts.resume);
+      if (!Number.isFinite(values.loss) || !Number.isFinite(values.norm))
+        throw notFinite(reading, values, saved?.path ?? parts.resume);
       const tokensPerSecond = tokensPerStep(run) / seconds;
       speed = speed === undefined ? tokensPerSecond : speed + 0.1 * (tokensPerSecond - speed);
       if (reading.step % run.log.every === 0 || reading.step === steps) {
@@ -165,7 +172,6 @@ export async function* trainingLoop(parts: TrainingParts, options: LoopOptions =
       yield* samples(parts, step);
     };
 
-    let ahead: Reading | undefined;
     while (step < steps && !options.signal?.aborted) {
       const before = ahead;
       ahead = await launch();
@@ -194,6 +200,8 @@ export async function* trainingLoop(parts: TrainingParts, options: LoopOptions =
       ...(saved === undefined ? {} : { checkpoint: saved.path }),
     };
   } finally {
+    // Left early: what is on its way still owns tensors.
+    await ahead?.values.catch(() => {});
     optimizer.dispose();
   }
 }
@@ -225,7 +233,10 @@ function gradients(parts: TrainingParts, batch: Batch, share: number): LossTenso
   );
 }
 
-async function readStep(losses: readonly LossTensors[], norm: Tensor): Promise<{ loss: number; norm: number; kl?: number; ce?: number }> {
+async function readStep(
+  losses: readonly LossTensors[],
+  norm: Tensor,
+): Promise<{ loss: number; norm: number; kl?: number; ce?: number }> {
   const sum = async (tensors: readonly (Tensor | undefined)[]): Promise<number | undefined> => {
     const given = tensors.filter((t) => t !== undefined);
     if (given.length === 0) return undefined;
@@ -233,7 +244,12 @@ async function readStep(losses: readonly LossTensors[], norm: Tensor): Promise<{
     return values.reduce((a, b) => a + b, 0);
   };
   try {
-    const [loss, kl, ce, squared] = await Promise.all([sum(losses.map((l) => l.total)), sum(losses.map((l) => l.kl)), sum(losses.map((l) => l.ce)), norm.item()]);
+    const [loss, kl, ce, squared] = await Promise.all([
+      sum(losses.map((l) => l.total)),
+      sum(losses.map((l) => l.kl)),
+      sum(losses.map((l) => l.ce)),
+      norm.item(),
+    ]);
     return { loss: loss!, norm: Math.sqrt(squared), ...(kl === undefined ? {} : { kl }), ...(ce === undefined ? {} : { ce }) };
   } finally {
     for (const l of losses) for (const t of [l.total, l.kl, l.ce]) t?.dispose();
@@ -244,12 +260,15 @@ async function readStep(losses: readonly LossTensors[], norm: Tensor): Promise<{
 function notFinite(reading: Reading, values: { loss: number; norm: number }, checkpoint: string | undefined): TrainingError {
   const what = Number.isFinite(values.loss) ? `the gradient norm is ${values.norm}` : `the loss is ${values.loss}`;
   const advice = checkpoint === undefined ? 'no checkpoint was written yet' : `the last good checkpoint is ${checkpoint}`;
-  return new TrainingError(`step ${reading.step}: ${what}; training stopped and nothing was saved over: ${advice}. Lower the learning rate, warm up longer or clip`, {
-    code: 'ERR_NOT_FINITE',
-    op: 'train',
-    argument: Number.isFinite(values.loss) ? 'gradientNorm' : 'loss',
-    actual: String(Number.isFinite(values.loss) ? values.norm : values.loss),
-  });
+  return new TrainingError(
+    `step ${reading.step}: ${what}; training stopped and nothing was saved over: ${advice}. Lower the learning rate, warm up longer or clip`,
+    {
+      code: 'ERR_NOT_FINITE',
+      op: 'train',
+      argument: Number.isFinite(values.loss) ? 'gradientNorm' : 'loss',
+      actual: String(Number.isFinite(values.loss) ? values.norm : values.loss),
+    },
+  );
 }
 
 function checkPinned(checkpoint: string, was: Readonly<Record<string, string>>, is: Readonly<Record<string, string>>): void {

@@ -25,7 +25,8 @@ export interface Optimizer {
 
 export function createOptimizer(parameters: Parameters<SpecTree>, options: RunConfig['optimizer']): Optimizer {
   const { values: p, gradients: g, list } = parameters;
-  if (g === undefined) throw new LimbeckError('optimizer: the parameters are frozen; create or load the model as trainable', { code: 'ERR_FROZEN' });
+  if (g === undefined)
+    throw new LimbeckError('optimizer: the parameters are frozen; create or load the model as trainable', { code: 'ERR_FROZEN' });
   const moment = (): Tensor => {
     const t = keep(empty(p.shape));
     fill_(t, 0);

@@ -8,7 +8,7 @@ import type { DeviceBatch } from './batch.ts';
 import { type PretrainConfig, parseRunOf, type RunInput } from './config.ts';
 import type { TrainEvent } from './events.ts';
 import { type LoopOptions, type LossTensors, resumePoint, trainingLoop } from './loop.ts';
-import { datasetOptions, pinnedFacts, runModelConfig, runTokenizer, startEngine, validationLimit as limit } from './setup.ts';
+import { datasetOptions, validationLimit as limit, pinnedFacts, runModelConfig, runTokenizer, startEngine } from './setup.ts';
 
 /**
  * Trains a model on text: next-token cross-entropy, mean over the predicted tokens of a step.
@@ -22,7 +22,10 @@ import { datasetOptions, pinnedFacts, runModelConfig, runTokenizer, startEngine,
  * @throws ConfigError for a wrong field; DataError for text that cannot be used; TrainingError `ERR_NOT_FINITE`; FileError when
  * the output folder cannot be written.
  */
-export async function* pretrain(input: RunInput | PretrainConfig, options: LoopOptions = {}): AsyncGenerator<TrainEvent, void, undefined> {
+export async function* pretrain(
+  input: RunInput | PretrainConfig,
+  options: LoopOptions = {},
+): AsyncGenerator<TrainEvent, void, undefined> {
   const run = parseRunOf('pretrain', input);
   startEngine(run);
   const resume = await resumePoint(run);

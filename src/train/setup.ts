@@ -7,8 +7,8 @@ import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
 import type { Gemma2Config } from '../models/gemma2.ts';
 import { modelConfig } from '../models/model.ts';
-import { ConfigError, DeviceError } from '../tensor/errors.ts';
 import { init, native, started } from '../tensor/engine.ts';
+import { ConfigError, DeviceError } from '../tensor/errors.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../tokenizer/train.ts';
 import type { RunConfig } from './config.ts';
@@ -27,11 +27,14 @@ export function startEngine(run: RunConfig): void {
   if (!started()) {
     init(run.threads === undefined ? {} : { threads: run.threads });
   } else if (run.threads !== undefined && native().info().threads !== run.threads) {
-    throw new ConfigError(`${run.name}: threads is ${run.threads}, but the engine of this process runs with ${native().info().threads}; leave it out or start anew`, {
-      code: 'ERR_CONFIG',
-      op: 'init',
-      argument: 'threads',
-    });
+    throw new ConfigError(
+      `${run.name}: threads is ${run.threads}, but the engine of this process runs with ${native().info().threads}; leave it out or start anew`,
+      {
+        code: 'ERR_CONFIG',
+        op: 'init',
+        argument: 'threads',
+      },
+    );
   }
 }
 
@@ -55,7 +58,10 @@ export function datasetOptions(run: RunConfig, tokenizer: Tokenizer, signal?: Ab
   const { validation } = run.data;
   return {
     train: sourceOf(run.data),
-    validation: typeof validation === 'object' && !('documents' in validation) ? sourceOf({ ...run.data, text: undefined, jsonl: undefined, tokens: undefined, ...validation }) : validation,
+    validation:
+      typeof validation === 'object' && !('documents' in validation)
+        ? sourceOf({ ...run.data, text: undefined, jsonl: undefined, tokens: undefined, ...validation })
+        : validation,
     tokenizer,
     length: run.batch.length,
     batch: run.batch.sequences,
@@ -72,7 +78,8 @@ export function validationLimit(run: RunConfig): { batches?: number } {
 
 /** The run's tokenizer: loaded, or trained on its text and saved in the output folder. */
 export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promise<Tokenizer> {
-  if (run.tokenizer === undefined) throw new ConfigError(`${run.name}: tokenizer is missing`, { code: 'ERR_CONFIG', argument: 'tokenizer' });
+  if (run.tokenizer === undefined)
+    throw new ConfigError(`${run.name}: tokenizer is missing`, { code: 'ERR_CONFIG', argument: 'tokenizer' });
   if (typeof run.tokenizer === 'string') return loadTokenizer(run.tokenizer);
   const { vocabSize, specialTokens } = run.tokenizer.train;
   const source = sourceOf(run.data);
@@ -97,12 +104,15 @@ export function runModelConfig(run: RunConfig, tokenizer: Tokenizer): Gemma2Conf
   const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
   const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });
   if (config.vocabSize < tokenizer.vocabSize) {
-    throw new ConfigError(`${run.name}: model.vocabSize is ${config.vocabSize}, but the tokenizer has ${tokenizer.vocabSize} ids; give at least as many rows`, {
-      code: 'ERR_CONFIG',
-      argument: 'model.vocabSize',
-      expected: `at least ${tokenizer.vocabSize}`,
-      actual: String(config.vocabSize),
-    });
+    throw new ConfigError(
+      `${run.name}: model.vocabSize is ${config.vocabSize}, but the tokenizer has ${tokenizer.vocabSize} ids; give at least as many rows`,
+      {
+        code: 'ERR_CONFIG',
+        argument: 'model.vocabSize',
+        expected: `at least ${tokenizer.vocabSize}`,
+        actual: String(config.vocabSize),
+      },
+    );
   }
   return config;
 }

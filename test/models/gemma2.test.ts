@@ -26,12 +26,22 @@ async function expected(): Promise<Map<string, { shape: readonly number[]; data:
 }
 
 /** Logits [B T V] of ids [B T]. */
-function logits(model: LanguageModel, ids: Int32Array, shape: readonly number[], positions?: Int32Array, starts?: Int32Array): Tensor {
+function logits(
+  model: LanguageModel,
+  ids: Int32Array,
+  shape: readonly number[],
+  positions?: Int32Array,
+  starts?: Int32Array,
+): Tensor {
   const [b = 1, t = 1] = shape;
   const place = positions ?? Int32Array.from(ids, (_, i) => i % t);
   return scope(() =>
     noGrad(() => {
-      const input = { ids: tensor(ids, shape), positions: tensor(place, shape), ...(starts === undefined ? {} : { starts: tensor(starts, shape) }) };
+      const input = {
+        ids: tensor(ids, shape),
+        positions: tensor(place, shape),
+        ...(starts === undefined ? {} : { starts: tensor(starts, shape) }),
+      };
       const z = linear(model.hidden(input), model.head);
       return reshape(model.config.finalCap === null ? z : softcap(z, model.config.finalCap), [b, t, -1]);
     }),
@@ -61,7 +71,13 @@ function meanLoss(model: LanguageModel, ids: Int32Array, shape: readonly number[
   const last = (i: number): boolean => i % t === t - 1;
   const targets = ids.map((_, i) => (last(i) ? -100 : ids[i + 1]!));
   const weights = Float32Array.from(ids, (_, i) => (last(i) ? 0 : 1 / (b * (t - 1))));
-  const input = { ids: tensor(ids, shape), positions: tensor(Int32Array.from(ids, (_, i) => i % t), shape) };
+  const input = {
+    ids: tensor(ids, shape),
+    positions: tensor(
+      Int32Array.from(ids, (_, i) => i % t),
+      shape,
+    ),
+  };
   const hidden = model.hidden(input, { recompute });
   return linearCrossEntropy(reshape(hidden, [-1, model.config.width]), model.head, tensor(targets), {
     weights: tensor(weights),
@@ -196,12 +212,19 @@ test('a longer context with a cache gives the logits of the whole text', async (
   const want = await readAs(whole, 'f32');
   whole.dispose();
   const cache = createCache(small.layers, 9, small.kvHeads, small.headSize);
-  for (const [from, to] of [[0, 4], [4, 5], [5, 9]] as const) {
+  for (const [from, to] of [
+    [0, 4],
+    [4, 5],
+    [5, 9],
+  ] as const) {
     const z = scope(() =>
       noGrad(() => {
         const input = {
           ids: tensor(ids.slice(from, to), [1, to - from]),
-          positions: tensor(Int32Array.from({ length: to - from }, (_, i) => from + i), [1, to - from]),
+          positions: tensor(
+            Int32Array.from({ length: to - from }, (_, i) => from + i),
+            [1, to - from],
+          ),
           cache,
         };
         return softcap(linear(model.hidden(input), model.head), small.finalCap!);
@@ -229,7 +252,14 @@ test('five AdamW steps give the losses and gradient norms of torch', async () =>
   const reference = references.find((r) => r.decayed === 'matrices')!;
   const { lr, betas, eps, weight_decay: weightDecay, clip_norm: clip } = reference.optimizer;
   const model = await loadWeights(folder, { trainable: true });
-  const optimizer = createOptimizer(model.parameters, { learningRate: lr, beta1: betas[0], beta2: betas[1], eps, weightDecay, clip });
+  const optimizer = createOptimizer(model.parameters, {
+    learningRate: lr,
+    beta1: betas[0],
+    beta2: betas[1],
+    eps,
+    weightDecay,
+    clip,
+  });
   const lossOf = (ids: number[][]): Tensor => meanLoss(model, Int32Array.from(ids.flat()), [ids.length, ids[0]!.length]);
   for (const [i, ids] of reference.input_ids.entries()) {
     const loss = valueAndGrad(() => lossOf(ids));

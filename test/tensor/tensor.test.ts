@@ -3,7 +3,7 @@ import { memory, sync } from '../../src/tensor/engine.ts';
 import { op } from '../../src/tensor/op.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad, recompute, valueAndGrad, zeroGrad } from '../../src/tensor/tape.ts';
-import { empty, parameter, tensor, type Tensor } from '../../src/tensor/tensor.ts';
+import { empty, parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 
 const add = op({ forward: 'add(a[*], b[*]) -> y[*]', backward: 'add_backward(dy[*]) -> da = dy, db = dy' });
 const mul = op({ forward: 'mul(a[*], b[*]) -> y[*]', backward: 'mul_backward(dy[*], a[*], b[*]) -> da[*]+, db[*]+' });
@@ -37,14 +37,20 @@ test('shape and dtype errors name op, argument and sizes', () => {
   using a = tensor([1, 2, 3]);
   using b = tensor([1, 2]);
   using c = tensor(new Int32Array([1, 2, 3]));
-  expect(() => add(a, b)).toThrow(expect.objectContaining({ name: 'ShapeError', op: 'add', argument: 'b', expected: '[3]', actual: '[2]' }));
-  expect(() => add(a, c)).toThrow(expect.objectContaining({ name: 'DTypeError', op: 'add', argument: 'b', expected: 'f32', actual: 'i32' }));
+  expect(() => add(a, b)).toThrow(
+    expect.objectContaining({ name: 'ShapeError', op: 'add', argument: 'b', expected: '[3]', actual: '[2]' }),
+  );
+  expect(() => add(a, c)).toThrow(
+    expect.objectContaining({ name: 'DTypeError', op: 'add', argument: 'b', expected: 'f32', actual: 'i32' }),
+  );
   expect(() => add(a, undefined)).toThrow(expect.objectContaining({ code: 'ERR_MISSING_ARGUMENT' }));
 });
 
 test('no room is a typed error that leaves everything usable', async () => {
   using a = tensor([1]);
-  expect(() => empty([1 << 20, 1 << 20])).toThrow(expect.objectContaining({ name: 'OutOfMemoryError', code: 'ERR_OUT_OF_MEMORY' }));
+  expect(() => empty([1 << 20, 1 << 20])).toThrow(
+    expect.objectContaining({ name: 'OutOfMemoryError', code: 'ERR_OUT_OF_MEMORY' }),
+  );
   expect(await a.item()).toBe(1);
 });
 
