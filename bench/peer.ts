@@ -95,11 +95,17 @@ async function compare(
   try {
     for (const name of names) {
       const worker = name === 'limbeck' ? startLimbeck() : startTorch(name, threads);
-      sides.push({ worker, label: name === 'limbeck' ? name : `torch ${torch} ${name}`, rates: [], losses: [], peak: 0 });
-      await worker.ask({ cmd: 'init', mode: name, task, ...models, ids: randomIds(shape), threads, ...optimizer });
-      // Compiling, packing and the first allocations are not what is measured.
-      await worker.ask({ cmd: 'run', steps: 2 });
-      await worker.ask({ cmd: 'reset_peak' });
+      try {
+        await worker.ask({ cmd: 'init', mode: name, task, ...models, ids: randomIds(shape), threads, ...optimizer });
+        // Compiling, packing and the first allocations are not what is measured.
+        await worker.ask({ cmd: 'run', steps: 2 });
+        await worker.ask({ cmd: 'reset_peak' });
+        sides.push({ worker, label: name === 'limbeck' ? name : `torch ${torch} ${name}`, rates: [], losses: [], peak: 0 });
+      } catch (error) {
+        await worker.close();
+        if (name === 'limbeck') throw error;
+        console.log(`\n${task}: peer not measured: ${name}: ${(error as Error).message}`);
+      }
     }
     for (let round = 0; round < rounds; round++) {
       for (let turn = 0; turn < sides.length; turn++) {

@@ -12,6 +12,7 @@ import {
   op,
   reshape,
   scope,
+  sync,
   tensor,
   valueAndGrad,
 } from '../../dist/index.js';
@@ -50,7 +51,9 @@ async function prepare({ task, student: folder, teacher: teacherFolder, ids, lea
   if (task === 'train') {
     // The last token of a row has no next one.
     const targets = tensor(Int32Array.from(ids.flatMap((row) => [...row.slice(1), -100])));
-    const weights = tensor(new Float32Array(batch * length).fill(1 / (batch * (length - 1))));
+    const weights = tensor(
+      Float32Array.from(ids.flatMap((row) => row.map((_, i) => +(i + 1 < length) / (batch * (length - 1))))),
+    );
     loss = () => {
       const hidden = rows(student.hidden(input), student.config.width);
       return linearCrossEntropy(hidden, student.head, targets, { weights, cap: student.config.finalCap }).total;
@@ -80,15 +83,8 @@ async function run(step, steps) {
     loss = await value.item();
     value.dispose();
   }
-  await drain();
+  await sync();
   return { seconds: (performance.now() - start) / 1000, loss, peak_rss_bytes: peak() };
-}
-
-/** Waits until the device has done everything. */
-async function drain() {
-  const last = tensor([0]);
-  await last.read();
-  last.dispose();
 }
 
 const forward = op({ forward: 'linear(x[* k], w[n k]:float, bias[n]?) -> y[* n]' });
@@ -122,7 +118,7 @@ async function gemm({ layout, m, n, k, seconds }) {
         product.call();
       });
     }
-    await drain();
+    await sync();
     return (performance.now() - start) / 1000 / count;
   };
   await batch(1);
