@@ -91,6 +91,35 @@ console.log(JSON.stringify({ path: backendInfo().native.path, data: [...(await t
     expect(result).toEqual({ path: `@limbeck/${process.platform}-${process.arch}`, data: [1, 2, 3] });
   });
 
+  // Twenty lines that pretrain a teacher and distil a student: JavaScript and TypeScript at once.
+  const twentyLines = `import { distill, generate, pretrain } from 'limbeck';
+import { writeFileSync } from 'node:fs';
+
+writeFileSync('corpus.txt', 'The people of the United States shall keep their Union. '.repeat(300));
+const shared = {
+  data: { text: 'corpus.txt', validation: { text: 'corpus.txt' } },
+  model: { preset: 'gemma2-nano', width: 32, hidden: 64 },
+  batch: { sequences: 4, length: 32 },
+  steps: 12,
+};
+for await (const event of pretrain({ kind: 'pretrain', output: 'teacher', tokenizer: { train: { vocabSize: 300 } }, ...shared })) {
+  if (event.type === 'evaluate') console.log('teacher', event.loss.toFixed(3));
+}
+for await (const event of distill({ kind: 'distill', output: 'student', teacher: { checkpoint: 'teacher' }, ...shared })) {
+  if (event.type === 'evaluate') console.log('student', event.loss.toFixed(3), event.kl?.toFixed(3));
+}
+let text = '';
+for await (const piece of generate({ checkpoint: 'student', prompt: 'The people', tokens: 8 })) text += piece;
+console.log('text', text.length);
+`;
+
+  test('train and distil in twenty lines', () => {
+    writeFileSync(join(folder, 'train.mjs'), twentyLines);
+    const { status, stdout, text } = run(process.execPath, ['train.mjs'], folder);
+    expect(status, text).toBe(0);
+    expect(stdout).toMatch(/^teacher \d\.\d{3}\nstudent \d\.\d{3} \d\.\d{3}\ntext \d+\n$/);
+  });
+
   test('work from CommonJS', () => {
     writeFileSync(join(folder, 'main.cjs'), "console.log(require('limbeck').backendInfo().limbeck);\n");
     const { status, stdout, text } = run(process.execPath, ['--no-warnings', 'main.cjs'], folder);
@@ -117,7 +146,9 @@ export const answer: string = info.cpu.isa + shape.length;
       types: ['node'],
       lib: ['es2022'],
     };
-    writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify({ compilerOptions: options, files: ['main.ts'] }));
+    writeFileSync(join(folder, 'train.mts'), twentyLines);
+    const files = ['main.ts', 'train.mts'];
+    writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify({ compilerOptions: options, files }));
     const { status, text } = run(process.execPath, [join(root, 'node_modules/typescript/bin/tsc'), '-p', '.'], folder);
     expect(status, text).toBe(0);
   });
