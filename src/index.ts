@@ -11,6 +11,7 @@ export {
 } from './data/dataset.ts';
 export { type JsonlOptions, jsonl } from './data/jsonl.ts';
 export { type Batch, type Layout, packDocuments } from './data/pack.ts';
+export { shuffled } from './data/shuffle.ts';
 export { type Source, type TextFilesOptions, type TextSource, type TokenSource, textFiles, texts } from './data/source.ts';
 export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeTokenFile } from './data/tokens.ts';
 // Training, distillation, evaluation
