@@ -125,8 +125,11 @@ export async function* chunksOf(file: string): AsyncGenerator<Buffer> {
     });
   const handle = await system(open(file, 'r'));
   try {
+    // A small file gets a small buffer: a corpus may be a million of them. A pipe has no size.
+    const { size } = await system(handle.stat());
+    const room = size > 0 ? Math.min(chunkBytes, size + 1) : chunkBytes;
     for (;;) {
-      const { buffer, bytesRead } = await system(handle.read(Buffer.allocUnsafe(chunkBytes), 0, chunkBytes, null));
+      const { buffer, bytesRead } = await system(handle.read(Buffer.allocUnsafe(room), 0, room, null));
       if (bytesRead === 0) return;
       yield buffer.subarray(0, bytesRead);
     }
