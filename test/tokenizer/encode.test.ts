@@ -226,6 +226,23 @@ test('a batch gives what single calls give, for strings and bytes', async () => 
   for (const ids of many) expect(ids.map((x) => [...x])).toEqual(single);
 });
 
+test('bytes that are not UTF-8 keep their place', () => {
+  const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+  const piece = fc.oneof(
+    fc.uint8Array({ maxLength: 6 }),
+    fc.constantFrom('é', '中', '😀', ' the', '<bos>').map((text) => new TextEncoder().encode(text)),
+  );
+  for (const ours of [tokenizer, tokenizerFromJson(sentencePiece(json))]) {
+    fc.assert(
+      fc.property(fc.array(piece, { maxLength: 40 }), (pieces) => {
+        const bytes = Buffer.concat(pieces);
+        expect(ours.decode(ours.encode(bytes))).toBe(decoder.decode(bytes));
+      }),
+      { numRuns: 200 },
+    );
+  }
+});
+
 test('begin and end tokens, and special tokens as text', () => {
   expect([...tokenizer.encode('a', { bos: true, eos: true })]).toEqual([tokenizer.bos, tokenizer.id('a'), tokenizer.eos]);
   expect([...tokenizer.encode('<eos>')]).toEqual([tokenizer.eos]);
