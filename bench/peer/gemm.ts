@@ -39,18 +39,19 @@ export async function compareGemm(threads: number, rounds: number): Promise<Resu
   ];
   try {
     await workers[0]!.worker.ask({ cmd: 'init', task: 'none', threads });
+    const [torch, numpy] = [startTorch('torch', threads), startTorch('numpy', threads)];
     try {
-      const torch = startTorch('torch', threads);
-      const numpy = startTorch('numpy', threads);
       const { torch: version, numpy: numpyVersion, blas, mkl } = await torch.ask<Record<string, string>>({ cmd: 'versions' });
       workers.push({ worker: torch, library: 'torch', label: `torch ${version}${mkl ? ' (MKL)' : ''}` });
       workers.push({ worker: numpy, library: 'numpy', label: `numpy ${numpyVersion} (${blas})` });
     } catch (error) {
+      await Promise.all([torch.close(), numpy.close()]);
       console.log(`peer not measured: ${(error as Error).message}`);
     }
     console.log(`\nMatrix products, float32, ${threads} threads, GFLOP/s (median of ${rounds} rounds)`);
+    for (const { library, label } of workers.slice(1)) console.log(`  ${library}: ${label}`);
     console.log(
-      `${'product (m n k)'.padEnd(24)}${workers.map(({ label }) => label.padStart(40)).join('')}${'to the best'.padStart(14)}`,
+      `${'product (m n k)'.padEnd(24)}${workers.map(({ library }) => library.padStart(10)).join('')}${'to the best'.padStart(14)}`,
     );
     const results: Result[] = [];
     for (const product of products) results.push(...(await compare(product, workers, threads, rounds)));
@@ -78,7 +79,7 @@ async function compare(
   const spreads = rates.map(spread);
   const ours = spreads[0]!.median;
   const best = Math.max(...spreads.slice(1).map(({ median }) => median));
-  const cells = spreads.map(({ median }) => median.toFixed(1).padStart(40));
+  const cells = spreads.map(({ median }) => median.toFixed(1).padStart(10));
   const share = workers.length > 1 ? `${((100 * ours) / best).toFixed(0)} %` : '';
   console.log(`${`${layout} ${m} ${n} ${k}`.padEnd(24)}${cells.join('')}${share.padStart(14)}`);
   return spreads.map((values, index) => ({
