@@ -257,8 +257,9 @@ struct Product {
 
   // A packed block of A, rows from i0, by slivers [s0, s1) of a packed part of B whose columns [0, cols) are C's from j0.
   void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t j0, int64_t cols, int64_t s0, int64_t s1,
-             int64_t p0, int64_t depth) const {
+             int64_t p0, int64_t depth, int thread) const {
     const Bands strips = Bands::strips(rows), slivers = Bands::slivers(cols);
+    const bool finished = p0 + depth == k;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t j = j0 + slivers.at(s);
       const Tile tile{options->alpha, p0 == 0 && options->bias ? options->bias + j : nullptr, p0 > 0 || options->accumulate};
@@ -268,6 +269,7 @@ struct Product {
         const int64_t r = strips.at(t), height = strips.of(t);
         kMultiply.by[height - 1][vectors - 1](depth, a_block + r * depth, sliver, c + (i0 + r) * ldc + j, ldc, wide, tile);
       }
+      if (finished) hook(i0, j, rows, wide, thread);
     }
   }
 
@@ -493,9 +495,8 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
         for (int64_t p = 0; p < deep; p += part) {
           const int64_t depth = least(part, deep - p);
           pack_a(a, i0, i1 - i0, d0 + p, depth, strips);
-          product.block(strips, i0, i1 - i0, panel + p * padded, j0, cols, s0, s1, d0 + p, depth);
+          product.block(strips, i0, i1 - i0, panel + p * padded, j0, cols, s0, s1, d0 + p, depth, thread);
         }
-        if (d0 + deep == k) product.hook(i0, j0 + s0 * NR, i1 - i0, least(cols, s1 * NR) - s0 * NR, thread);
       });
     }
   }
@@ -524,8 +525,7 @@ void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matri
       for (int64_t i0 = 0; i0 < m; i0 += MC) {
         const int64_t rows = least(MC, m - i0);
         pack_a(a, i0, rows, p, depth, strips);
-        product.block(strips, i0, rows, panel, j0, cols, 0, slivers, p, depth);
-        if (p + depth == k) product.hook(i0, j0, rows, cols, 0);
+        product.block(strips, i0, rows, panel, j0, cols, 0, slivers, p, depth, 0);
       }
     }
   }

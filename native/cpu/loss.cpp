@@ -26,7 +26,7 @@ struct BoundedTile {
       Vec total{};
       each_vec(row, n, [&](int64_t k, int64_t lanes, Vec u) {
         const Vec s = tanh(u * inverse);
-        const Vec e = exp(s * t.cap);
+        const Vec e = exp_inside(s * t.cap);
         total += keep(e, lanes);
         if (t.gradient) put(row + k, e - e * s * s, lanes);
       });

@@ -41,9 +41,11 @@ struct HeadShape {
   HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]) {
     ld = (v + 15) / 16 * 16 + 16;
     slots = (v + kSlot - 1) / kSlot;
-    constexpr int64_t kBudget = 64 << 20, kFewest = 64, kMost = 1024;
-    rows = kBudget / (buffers * ld * 4);
-    rows = rows < kFewest ? kFewest : rows > kMost ? kMost : rows / 16 * 16;
+    // 68 MiB, unless that is so few tokens that reading w costs more than multiplying by it; then up to 160 MiB.
+    constexpr int64_t kUsual = 68 << 20, kLarge = 160 << 20, kEnough = 128, kMost = 1024;
+    const int64_t row_bytes = buffers * ld * 4, usual = kUsual / row_bytes, large = kLarge / row_bytes;
+    rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
+    rows = rows > kMost ? kMost : rows < 16 ? 16 : rows / 16 * 16;
     if (rows > n) rows = n;
   }
 };
@@ -181,7 +183,7 @@ struct LogitTile {
     if (!sums) return;
     const float top = tops ? row_max(row, n) : 0.f;
     Vec warm{};
-    each_vec(row, n, [&](int64_t, int64_t lanes, Vec u) { warm += keep(exp((u - top) * inverse_t), lanes); });
+    each_vec(row, n, [&](int64_t, int64_t lanes, Vec u) { warm += keep(tops ? exp((u - top) * inverse_t) : exp_inside(u * inverse_t), lanes); });
     sums[slot] = sum(warm);
     if (tops) tops[slot] = top;
     if (!cold_sums) return;

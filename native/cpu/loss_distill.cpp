@@ -127,7 +127,7 @@ float crossing(float* p, int64_t n, double mass) {
 struct ForwardKlTile {
   float *z, *t;  // t holds the teacher's capped logits
   int64_t ld, slots;
-  float *student_sums, *teacher_sums, *ratio_sums;
+  float *student_sums, *teacher_sums, *ratio_sums, *cold_sums;  // cold_sums: e^z at temperature 1, if wanted
   const int32_t* target;
   float* target_z;
   float cap, inverse_t;
@@ -141,14 +141,15 @@ struct ForwardKlTile {
         if (const int64_t y = x.target[i]; y >= j0 && y < j0 + cols) x.target_z[i] = (tanh(splat(x.z[i * x.ld + y]) * inverse) * x.cap)[0];
     each_slot(i0, j0, rows, cols, x.slots, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
       float *zs = x.z + i * x.ld + j, *ts = x.t + i * x.ld + j;
-      Vec student{}, teacher{}, ratio{};
+      Vec student{}, teacher{}, ratio{}, cold{};
       each_vec(zs, n, [&](int64_t k, int64_t lanes, Vec u) {
         const Vec s = tanh(u * inverse), slope = 1.f - s * s;
         const Vec zt = s * heat, tt = load_upto(ts + k, lanes) * x.inverse_t;
-        const Vec ez = keep(exp(zt), lanes), et = keep(exp(tt), lanes);
+        const Vec ez = keep(exp_inside(zt), lanes), et = keep(exp_inside(tt), lanes);
         student += ez;
         teacher += et;
         ratio += et * (tt - zt);
+        if (x.cold_sums) cold += keep(exp_inside(s * x.cap), lanes);
         if (x.gradient) {
           put(zs + k, ez * slope, lanes);
           put(ts + k, et * slope, lanes);
@@ -157,6 +158,7 @@ struct ForwardKlTile {
       x.student_sums[slot] = sum(student);
       x.teacher_sums[slot] = sum(teacher);
       x.ratio_sums[slot] = sum(ratio);
+      if (x.cold_sums) x.cold_sums[slot] = sum(cold);
     });
   }
   TileHook hook() { return {run, this}; }
@@ -194,8 +196,8 @@ struct Distill : HeadShape {
     bend = cap > 0 ? static_cast<float>(1 / (cap * cap)) : 0.f;
     student_bounded = cap > 0 && cap <= kBounded && cap / T <= kBounded;
     teacher_bounded = tcap > 0 && tcap / T <= kBounded;
-    fast = divergence == forward_kl && !sparse && student_bounded && teacher_bounded && !agree && (!hard || T == 1);
     cold = hard && T != 1;
+    fast = divergence == forward_kl && !sparse && student_bounded && teacher_bounded && !agree && !(cold && ce_weight != 0);
 
     Layout lay{static_cast<char*>(call.workspace)};
     const int64_t cells = rows * slots;
@@ -305,7 +307,7 @@ struct Distill : HeadShape {
     if (hard)
       for (int64_t i = 0; i < chunk.count; ++i) target[i] = targets.as<const int32_t>()[chunk.token[i]];
     LogitTile plain{z, ld, slots, student_bounded ? nullptr : tops, sums, cold ? cold_sums : nullptr, static_cast<float>(cap), inverse_t};
-    ForwardKlTile quick{z, t, ld, slots, sums, teacher_sums, tops, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
+    ForwardKlTile quick{z, t, ld, slots, sums, teacher_sums, tops, cold ? cold_sums : nullptr, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
     GemmOptions options;
     options.hook = fast ? quick.hook() : plain.hook();
     gemm(threads, chunk.count, v, c, rows_of(gathered, c), transposed(w.data, c, w.dtype), z, ld, options);

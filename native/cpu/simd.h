@@ -129,10 +129,8 @@ LIMBECK_INLINE void transpose(Vec (&v)[LIMBECK_WIDTH]) {
   }
 }
 
-// e^x to about 1 ulp for x in [-87, 88]; below it gives 0, above it saturates near 2^127. NaN stays NaN.
-LIMBECK_INLINE Vec exp(Vec x) {
-  const Vec in = x;
-  x = min(max(x, splat(-87.3f)), splat(88.3f));
+// e^x to about 1 ulp, for x known to lie in [-87, 88]. NaN stays NaN.
+LIMBECK_INLINE Vec exp_inside(Vec x) {
   const Vec magic = splat(12582912.f);  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
   const Vec t = x * 1.44269504088896341f + magic;
   const Vec n = t - magic;
@@ -144,10 +142,12 @@ LIMBECK_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  const Vec scale = (Vec)(((IVec)t << 23) + 0x3f800000);
-  Vec y = p * scale;
-  y = in < -87.3f ? Vec{} : y;
-  return in == in ? y : in;
+  return p * (Vec)(((IVec)t << 23) + 0x3f800000);
+}
+// The same for any x: 0 below -87, saturates near 2^127 above 88.
+LIMBECK_INLINE Vec exp(Vec x) {
+  const Vec y = x < -87.3f ? Vec{} : exp_inside(min(max(x, splat(-87.3f)), splat(88.3f)));
+  return x == x ? y : x;
 }
 
 // tanh to about 5 ulp (3e-7 relative; odd rational approximation, exact sign, saturates at |x| > 7.9). NaN stays NaN.
