@@ -28,9 +28,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Clamps that keep NaN (the comparison is false, the second operand is taken).
-LIMBECK_INLINE Vec at_least(Vec x, float bound) { return splat(bound) > x ? splat(bound) : x; }
-LIMBECK_INLINE Vec at_most(Vec x, float bound) { return splat(bound) < x ? splat(bound) : x; }
+// Clamps that keep NaN: min and max take their second operand then.
+LIMBECK_INLINE Vec at_least(Vec x, float bound) { return max(splat(bound), x); }
+LIMBECK_INLINE Vec at_most(Vec x, float bound) { return min(splat(bound), x); }
 
 // Several vectors that go through the same steps: one alone would wait for each result.
 template <int N>
@@ -52,14 +52,13 @@ LIMBECK_INLINE Vecs<N> horner(const Vecs<N>& x, float first, float second, Rest.
   return y;
 }
 
-// tanh as in simd.h, without its last select: the clamps keep NaN.
+// tanh to about 2 ulp, as a quotient of polynomials: 1 within an ulp beyond 9, and no select for NaN.
 template <int N>
 LIMBECK_INLINE Vecs<N> soft(Vecs<N> x) {
-  x = each<N>([&](int i) { return at_most(at_least(x.v[i], -7.90531110763549805f), 7.90531110763549805f); });
+  x = each<N>([&](int i) { return at_most(at_least(x.v[i], -9.f), 9.f); });
   const Vecs<N> x2 = each<N>([&](int i) { return x.v[i] * x.v[i]; });
-  const Vecs<N> p = horner(x2, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
-                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f);
-  const Vecs<N> q = horner(x2, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
+  const Vecs<N> p = horner(x2, 1.3354654e-8f, 2.0609076e-5f, 3.4955877e-3f, 1.3381025e-1f, 0.99999998f);
+  const Vecs<N> q = horner(x2, 7.7765551e-7f, 3.2856342e-4f, 2.5876981e-2f, 4.6714341e-1f, 1.f);
   return each<N>([&](int i) { return x.v[i] * p.v[i] / q.v[i]; });
 }
 
@@ -193,6 +192,13 @@ struct Rows {
   int64_t first_chunk(int64_t keys) const { return lo[0] / keys; }
   int64_t end_chunk(int64_t keys) const { return (hi[BQ - 1] + keys - 1) / keys; }
 };
+
+// Starts to fetch the rows of a tensor that will soon be read, or written: they are too far apart for the processor to foresee.
+template <bool Write>
+void expect_rows(const float* base, const Rows& rows, int64_t d) {
+  for (int64_t i = 0; base && i < rows.count; ++i)
+    for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(base + rows.offset[i] + j, Write, 2);
+}
 
 // Keys of a chunk that a panel of rows works on, relative to the chunk: [begin, end) in whole strips, of which all rows of the
 // panel see [all_begin, all_end).
@@ -531,7 +537,10 @@ void forward_block(const Call& call, const Problem& p, const Packed& packed, con
   float* sums = arena.floats(BQ);
   float* reference = arena.floats(BQ);
   const int64_t panels = ceil_div(rows.count, NR);
+  float* y = call.out[0].as<float>();
+  float* lse = call.out[1].as<float>();
   pack_transposed(rows.count, p.d, p.q_factor(), [&](int64_t i) { return p.q + rows.offset[i]; }, columns);
+  expect_rows<true>(y, rows, p.d);
   std::memset(out, 0, static_cast<size_t>(p.packed(BQ)) * 4);
   for (int i = 0; i < BQ; ++i) sums[i] = 0, reference[i] = p.direct ? 0.f : -3.402823466e38f;
 
@@ -551,8 +560,6 @@ void forward_block(const Call& call, const Problem& p, const Packed& packed, con
     add_to_rows<KF>(p, rows, key0, scores, packed.v + chunk * packed.chunk_floats, packed.v_finite[chunk] != 0, out);
   }
 
-  float* y = call.out[0].as<float>();
-  float* lse = call.out[1].as<float>();
   for (int64_t i = 0; i < rows.count; ++i) {
     if (y) unpack(out + i * NR, BQ, p.d, 1.f / sums[i], false, y + rows.offset[i]);
     if (lse) lse[rows.lse[i]] = reference[i] * kLn2 + __builtin_logf(sums[i]);
@@ -693,6 +700,7 @@ void attention(const Call& call) {
         const Rows rows(p, pair, block);
         ready = most(ready, rows.first_chunk(KF));
         for (; ready < rows.end_chunk(KF); ++ready) packed.fill(p, pair, ready);
+        if (block + 1 < p.blocks) expect_rows<false>(p.q, Rows(p, pair, block + 1), p.d);
         forward_block(call, p, packed, rows, thread);
       }
     });
@@ -816,6 +824,7 @@ struct BackwardPass {
     pack_transposed(rows.count, p.d, 1.f, line_of(dy), dy_columns);
     const bool q_finite = pack(rows.count, BQ, p.d, line_of(p.q), q_lines);
     const bool dy_finite = pack(rows.count, BQ, p.d, line_of(dy), dy_lines);
+    expect_rows<true>(dq, rows, p.d);
     std::memset(dq_sum, 0, static_cast<size_t>(p.packed(BQ)) * 4);
     for (int64_t i = 0; i < BQ; ++i) {
       norm[i] = delta[i] = 0;
@@ -877,6 +886,10 @@ struct BackwardPass {
         const int64_t to = (ready - parts.chunk[part]) * chunk_floats;
         std::memset(dk_sum + to, 0, static_cast<size_t>(chunk_floats) * 4);
         std::memset(dv_sum + to, 0, static_cast<size_t>(chunk_floats) * 4);
+      }
+      if (index + 1 < p.blocks) {
+        const Rows next(p, pair, index + 1);
+        for (const float* base : {p.q, dy, y}) expect_rows<false>(base, next, p.d);
       }
       block(packed, rows, part, dk_sum, dv_sum, thread);
     }

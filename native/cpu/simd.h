@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX2__)
 #include <immintrin.h>  // for masked access only, which vector extensions cannot say
 #endif
 
@@ -69,8 +72,18 @@ LIMBECK_INLINE float from_bf16(uint16_t h) {
   std::memcpy(&f, &u, 4);
   return f;
 }
+// a < b ? a : b, so NaN in either gives b. This is what the x86 instruction does, but GCC does not use it of itself. (The plain
+// 512-bit intrinsics warn in GCC 12.)
+#if defined(__AVX512F__)
+LIMBECK_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+LIMBECK_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+LIMBECK_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+LIMBECK_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 LIMBECK_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 LIMBECK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 LIMBECK_INLINE float sum(Vec v) {
   // A fixed tree, so that the same width gives the same bits.
 #if LIMBECK_WIDTH == 16
