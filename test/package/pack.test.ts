@@ -151,7 +151,7 @@ export const answer: string = info.cpu.isa + shape.length;
     writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify({ compilerOptions: options, files }));
     const { status, text } = run(process.execPath, [join(root, 'node_modules/typescript/bin/tsc'), '-p', '.'], folder);
     expect(status, text).toBe(0);
-  });
+  }, 90_000);
 
   test('bring the command line', () => {
     const { status, text } = run(join(folder, 'node_modules/.bin/limbeck'), ['doctor'], folder);
