@@ -579,6 +579,23 @@ struct Decode {
   size_t bytes(const Problem& p) const { return static_cast<size_t>(p.b * p.h * parts * record * 4); }
 };
 
+// out[n] += the rows of V of some keys, times their weights.
+template <int N, int Keys>
+LIMBECK_INLINE void add_values(int64_t d, int64_t step, const float* v, const float* weights, float* out, int64_t out_step) {
+  for (int64_t j = 0; j < d; j += W) {
+    Vec x[Keys];
+#pragma GCC unroll 4
+    for (int i = 0; i < Keys; ++i) x[i] = load_some(v + i * step + j, d - j);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      Vec sum = load(out + n * out_step + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < Keys; ++i) sum += x[i] * weights[n * kDecodeKeys + i];
+      store(out + n * out_step + j, sum);
+    }
+  }
+}
+
 // Dot product and sum of N query heads at once share the loads of K and V.
 template <int N>
 void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, int64_t head, int64_t first, float* scores, float* record,
@@ -616,30 +633,12 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
     record[n * record_step] = sum(total);
     record[n * record_step + 1] = m;
   }
-  const float* v0 = p.v + p.key_offset(batch * p.g + head, key0);
-  for (int64_t j = 0; j < p.d; j += 2 * W) {
-    const int64_t left0 = least(p.d - j, W), left1 = least(p.d - j - W, W);
-    Vec acc[N][2] = {};
-    const float* v = v0 + j;
-    if (left1 == W)
-      for (int64_t key = 0; key < count; ++key, v += step)
-        for (int n = 0; n < N; ++n) {
-          acc[n][0] += load(v) * scores[n * kDecodeKeys + key];
-          acc[n][1] += load(v + W) * scores[n * kDecodeKeys + key];
-        }
-    else
-      for (int64_t key = 0; key < count; ++key, v += step) {
-        const Vec a = load_some(v, left0), b = load_some(v + W, left1);
-        for (int n = 0; n < N; ++n) {
-          acc[n][0] += a * scores[n * kDecodeKeys + key];
-          acc[n][1] += b * scores[n * kDecodeKeys + key];
-        }
-      }
-    for (int n = 0; n < N; ++n) {
-      store(record + n * record_step + W + j, acc[n][0]);
-      if (left1 > 0) store(record + n * record_step + 2 * W + j, acc[n][1]);
-    }
-  }
+  // Rows of V are read once, four at a time; the sums stay in L1.
+  for (int n = 0; n < N; ++n) std::memset(record + n * record_step + W, 0, static_cast<size_t>(ceil_div(p.d, W) * W) * 4);
+  const float* v = p.v + p.key_offset(batch * p.g + head, key0);
+  int64_t key = 0;
+  for (; key + 4 <= count; key += 4, v += 4 * step) add_values<N, 4>(p.d, step, v, scores + key, record + W, record_step);
+  for (; key < count; ++key, v += step) add_values<N, 1>(p.d, step, v, scores + key, record + W, record_step);
 }
 
 void decode(const Call& call, const Problem& p) {
@@ -647,7 +646,7 @@ void decode(const Call& call, const Problem& p) {
   float* records = static_cast<float*>(call.workspace);
   const int64_t step = x.parts * x.record;  // from one query head to the next
   call.threads->parallel(p.b * p.g * x.parts, [&](int64_t i, int thread) {
-    const int64_t batch = i / x.parts / p.g, head = i / x.parts % p.g, part = i % x.parts;
+    const int64_t batch = i / x.parts / p.g, head = i % p.g, part = i / p.g % x.parts;  // heads of the same keys are neighbours
     const int64_t key0 = x.first + part * kDecodeKeys, count = least(kDecodeKeys, p.s - key0);
     float* scores = static_cast<float*>(call.threads->scratch(thread, 4 * kDecodeKeys * sizeof(float)));
     for (int64_t n = 0; n < p.group;) {
