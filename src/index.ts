@@ -69,7 +69,7 @@ export {
   linearDistill,
   type TeacherOutput,
 } from './ops/loss.ts';
-export { layerNorm, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
+export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
 export { type AdamWOptions, type AdamWState, adamw_ } from './ops/optimizer.ts';
 export { randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from './ops/reduce.ts';

@@ -25,10 +25,10 @@ const prompts = ['The people of the United States', 'I recommend to the Congress
 /** Sizes for two cores: the teacher learns for some minutes, each student for less than one. */
 const sizes = {
   vocabSize: 4096,
-  teacher: { width: 256, layers: 4, heads: 4, kvHeads: 2, headSize: 64, hidden: 768, window: 64, queryScalar: 64 },
+  teacher: { width: 192, layers: 4, heads: 4, kvHeads: 2, headSize: 48, hidden: 576, window: 64, queryScalar: 48 },
   student: { width: 96, layers: 2, heads: 3, kvHeads: 1, headSize: 32, hidden: 256, window: 64, queryScalar: 32 },
   batch: { sequences: 16, length: 128 },
-  teacherSteps: 700,
+  teacherSteps: 560,
   studentSteps: 400,
 } as const;
 

@@ -255,7 +255,7 @@ function gemma2Layer(p: LayerParameters, c: Gemma2Config, index: number, x: Tens
     window: index % 2 === 0 ? c.window : null,
     starts: input.starts,
   });
-  const y = rmsNormAdd(linear(reshape(mixed, [b, t, -1]), a.output), a.postNorm, x, norm);
+  const y = rmsNormAdd(linear(reshape(mixed, [b, t, -1]), a.output), a.postNorm, x, { ...norm, cheap: true });
 
   const g = rmsNorm(y, f.norm, norm);
   return rmsNormAdd(gatedLinear(linear(g, f.gate), linear(g, f.up), f.down, { activation: 'gelu' }), f.postNorm, y, norm);

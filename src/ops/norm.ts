@@ -4,6 +4,7 @@ import { isRecording } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
 const rms = op({
+  cheap: true,
   forward: 'rms_norm(x[* c], w[c]:float, eps, offset) -> y[* c], rstd[*]:f32',
   backward: 'rms_norm_backward(dy[* c], x[* c], w[c]:float, rstd[*]:f32, offset) -> dx[* c]+, dw[c]:f32+',
 });
@@ -12,6 +13,7 @@ const rmsAdd = op({
   backward: 'rms_norm_add_backward(dy[* c], x[* c], w[c]:float, rstd[*]:f32, offset) -> dx[* c]+, dw[c]:f32+, dresidual = dy',
 });
 const layer = op({
+  cheap: true,
   forward: 'layer_norm(x[* c], w[c]:float, bias[c]:float?, eps) -> y[* c], mean[*]:f32, rstd[*]:f32',
   backward: 'layer_norm_backward(dy[* c], x[* c], w[c]:float, mean[*]:f32, rstd[*]:f32) -> dx[* c]+, dw[c]:f32+, dbias[c]:f32+',
 });
@@ -35,6 +37,11 @@ export function rmsNorm(x: Tensor, w: Tensor, { eps = 1e-6, offset = 0 }: RmsNor
   return rms(x, w, eps, offset, { outputs: [true, isRecording()] })[0]!;
 }
 
+export interface RmsNormAddOptions extends RmsNormOptions {
+  /** Make the sum again in the backward pass instead of keeping it. Default false: in a chain of sums each would need the one before. */
+  readonly cheap?: boolean;
+}
+
 /**
  * A norm at the end of a branch: residual + rmsNorm(x, w), in one pass.
  * @param x [* C]
@@ -43,8 +50,9 @@ export function rmsNorm(x: Tensor, w: Tensor, { eps = 1e-6, offset = 0 }: RmsNor
  * @returns [* C]
  * @throws ShapeError when a shape does not fit.
  */
-export function rmsNormAdd(x: Tensor, w: Tensor, residual: Tensor, { eps = 1e-6, offset = 0 }: RmsNormOptions = {}): Tensor {
-  return rmsAdd(x, w, residual, eps, offset, { outputs: [true, isRecording()] })[0]!;
+export function rmsNormAdd(x: Tensor, w: Tensor, residual: Tensor, options: RmsNormAddOptions = {}): Tensor {
+  const { eps = 1e-6, offset = 0, cheap = false } = options;
+  return rmsAdd(x, w, residual, eps, offset, { outputs: [true, isRecording()], cheap })[0]!;
 }
 
 export interface LayerNormOptions {

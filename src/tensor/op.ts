@@ -1,6 +1,7 @@
 // An op: a forward signature, and a backward signature that is also its rule on the tape.
 import { LimbeckError } from './errors.ts';
 import { type Argument, type Kernel, kernel, launch, type Request } from './kernel.ts';
+import { letGo, type Recipe, restore, save } from './saved.ts';
 import { type Gradients, isRecording, record } from './tape.ts';
 import { addUse, adopt, releaseUse, type Tensor, unscoped } from './tensor.ts';
 
@@ -16,12 +17,16 @@ export interface OpSpec {
    * tape wants them.
    */
   readonly head?: boolean;
+  /** Default of {@link CallOptions.cheap}. */
+  readonly cheap?: boolean;
 }
 
 /** Options of one call, after its arguments. */
 export interface CallOptions {
   /** For each output, whether it is wanted, or the tensor to overwrite. Default: all, except the gradients of a loss head. */
   readonly outputs?: readonly (boolean | Tensor)[];
+  /** A tape makes the first output again in the backward pass instead of keeping it: for what takes one pass over memory. Same bits. */
+  readonly cheap?: boolean;
 }
 
 /** Calls the op: tensors and numbers in the order of the signature, undefined for an absent optional tensor, then options. */
@@ -51,7 +56,7 @@ export function op(spec: OpSpec): Op {
   return (...given) => {
     const info = forward.info();
     const last = given[info.arguments.length];
-    const options: CallOptions = typeof last === 'object' && 'outputs' in last ? last : {};
+    const options: CallOptions = typeof last === 'object' && !('handle' in last) ? last : {};
     const args = (given.length > info.arguments.length && last === options ? given.slice(0, -1) : given) as Argument[];
     if (args.length !== info.arguments.length) {
       throw new LimbeckError(`${info.op}: ${args.length} arguments given, the op is ${spec.forward}`, {
@@ -75,6 +80,7 @@ export function op(spec: OpSpec): Op {
       } else if (backward !== undefined) {
         plan ??= makePlan(forward, backward);
         recordCall(info.op, plan, args, outputs);
+        if (options.cheap ?? spec.cheap ?? false) outputs[0]!.recipe = recipeOf(forward, args);
       } else {
         throw new LimbeckError(`${info.op}: no gradient is defined; call it inside noGrad() if none is wanted`, {
           code: 'ERR_NO_GRADIENT',
@@ -121,8 +127,8 @@ function makePlan(forward: Kernel, backward: Kernel): BackwardPlan {
 
 function recordCall(name: string, plan: BackwardPlan, args: readonly Argument[], outputs: readonly (Tensor | undefined)[]): void {
   const saved: Tensor[] = [];
-  for (const i of plan.savedInputs) if (typeof args[i] === 'object') saved.push(addUse(args[i] as Tensor));
-  for (const i of plan.savedOutputs) if (outputs[i] !== undefined) saved.push(addUse(outputs[i]));
+  for (const i of plan.savedInputs) if (typeof args[i] === 'object') saved.push(save(args[i] as Tensor));
+  for (const i of plan.savedOutputs) if (outputs[i] !== undefined) saved.push(save(outputs[i]));
   record({
     op: name,
     outputs: outputs.filter((t) => t !== undefined),
@@ -137,9 +143,23 @@ function recordCall(name: string, plan: BackwardPlan, args: readonly Argument[],
       }
     },
     release() {
-      for (const t of saved) releaseUse(t);
+      for (const t of saved) letGo(t);
     },
   });
+}
+
+/** How to make the first output of a call again. */
+function recipeOf(forward: Kernel, args: readonly Argument[]): Recipe {
+  return {
+    inputs: args.filter((a) => typeof a === 'object'),
+    make() {
+      const given = args.map((a) => (typeof a === 'object' ? restore(a) : a));
+      const requests = forward.info().outputs.map((_, i): Request => (i === 0 ? 'new' : 'skip'));
+      return addUse(launch(forward, given, requests, unscoped)[0]!);
+    },
+    made: undefined,
+    users: 0,
+  };
 }
 
 function callBackward(
@@ -151,7 +171,8 @@ function callBackward(
 ): void {
   const info = plan.kernel.info();
   const given = plan.sources.map((s): Argument => {
-    if (s.from === 'input') return args[s.index];
+    const argument = args[s.index];
+    if (s.from === 'input') return typeof argument === 'object' ? restore(argument) : argument;
     const t = outputs[s.index];
     return t === undefined || s.from === 'output' ? t : gradients.get(t);
   });

@@ -1,6 +1,7 @@
 import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes, sizeOf } from './dtype.ts';
 import { io, native, typed } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
+import type { Recipe } from './saved.ts';
 import { track, untrack } from './scope.ts';
 
 /** Where the gradient of a parameter goes. `written` says whether it holds anything yet: the first write need not clear it. */
@@ -23,6 +24,7 @@ export class Tensor {
   /** @internal Tapes and gradients that still need it. */ uses = 0;
   /** @internal Whether a gradient flows to it. */ tracked = false;
   /** @internal */ sink: GradientSink | undefined;
+  /** @internal How a tape makes it again instead of keeping it. */ recipe: Recipe | undefined;
 
   /** @internal */
   constructor(handle: number, dtype: DType, shape: readonly number[]) {
