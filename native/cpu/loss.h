@@ -41,11 +41,13 @@ struct HeadShape {
   HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]) {
     ld = (v + 15) / 16 * 16 + 16;
     slots = (v + kSlot - 1) / kSlot;
-    // 68 MiB, unless that is so few tokens that reading w costs more than multiplying by it; then up to 160 MiB.
-    constexpr int64_t kUsual = 68 << 20, kLarge = 160 << 20, kEnough = 128, kMost = 1024;
+    // Each chunk reads w twice and adds to all of dw. Where they stay in the shared cache 256 tokens are enough for that to cost
+    // little; else 68 MiB of logits, and up to 160 MiB where that is few tokens.
+    constexpr int64_t kUsual = 68 << 20, kLarge = 160 << 20, kEnough = 512, kCached = 16 << 20;
+    const int64_t most = v * c * 4 <= kCached ? 256 : 1024;
     const int64_t row_bytes = buffers * ld * 4, usual = kUsual / row_bytes, large = kLarge / row_bytes;
     rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
-    rows = rows > kMost ? kMost : rows < 16 ? 16 : rows / 16 * 16;
+    rows = rows > most ? most : rows < 16 ? 16 : rows / 16 * 16;
     if (rows > n) rows = n;
   }
 };
