@@ -471,13 +471,14 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
 
   for (int64_t j0 = 0; j0 < n; j0 += panel_cols) {
     const int64_t cols = least(panel_cols, n - j0), slivers = ceil_div(cols, NR);
-    // Tasks: blocks of rows; of columns too where rows are few. At least four for a thread, unless they become too small.
+    // Tasks: blocks of rows, an equal number for each thread while they are few. Where there are fewer than threads, blocks of
+    // columns too (each packs its rows of A again), and at last shorter blocks of rows, which waste the micro-kernel.
     const double work = 2. * static_cast<double>(m) * static_cast<double>(cols) * static_cast<double>(k);
-    const int64_t want = threads.size() == 1 ? 1 : least(4 * threads.size(), static_cast<int64_t>(work / 5e5) + 1);
+    const int64_t want = least(threads.size(), static_cast<int64_t>(work / 5e5) + 1);
     int64_t row_blocks = ceil_div(m, MC), col_blocks = 1;
-    if (row_blocks < want) row_blocks = least(want, ceil_div(m, 4 * MR));
     if (row_blocks < want) col_blocks = least(ceil_div(want, row_blocks), ceil_div(slivers, 2));
-    if (col_blocks == 1 && row_blocks > 1 && row_blocks < 16 * threads.size())
+    if (row_blocks * col_blocks < want) row_blocks = least(ceil_div(want, col_blocks), ceil_div(m, 4 * MR));
+    if (row_blocks > 1 && row_blocks * col_blocks % threads.size() != 0 && row_blocks * col_blocks < 16 * threads.size())
       row_blocks = least(m, ceil_div(row_blocks, threads.size()) * threads.size());
 
     const int64_t padded = ceil_div(cols, W) * W;
