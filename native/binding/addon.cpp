@@ -11,7 +11,7 @@
 
 namespace limbeck {
 
-void register_text(Napi::Env env, Napi::Object exports) __attribute__((weak));
+void register_text(Napi::Env env, Napi::Object exports);
 
 namespace {
 
@@ -433,7 +433,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("profile", Napi::Function::New(env, profile));
   exports.Set("profiled", Napi::Function::New(env, profiled));
   exports.Set("info", Napi::Function::New(env, info));
-  if (register_text) register_text(env, exports);
+  register_text(env, exports);
   return exports;
 }
 

@@ -67,7 +67,7 @@ class Engine {
   // in[] are handles (0: absent), scalars[] numbers, both in signature order. out[] requests are answered with handles.
   void call(int op, const Handle* in, const double* scalars, const OutputRequest* requests, Handle* out);
 
-  void write(Handle h, const void* data, size_t bytes);  // copies now
+  void write(Handle h, const void* data, size_t bytes);  // copies now: into the tensor itself while the stream has nothing to do
   void read(Handle h, void* to, size_t bytes, Done done);
   void sync(Done done);
 
@@ -133,6 +133,7 @@ class Engine {
   std::deque<std::unique_ptr<Command>> queue_;
   bool stop_ = false;
   std::atomic<bool> profiling_{false};
+  std::atomic<int64_t> pending_{0};  // commands that are not finished
 
   // The stream's own.
   ThreadPool pool_;
