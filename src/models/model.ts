@@ -85,11 +85,8 @@ async function readParameters(model: LanguageModel) {
   const { list, values } = model.parameters;
   // One read of the flat tensor is one consistent moment of training.
   const flat = await readAs(values, 'f32');
-  const blockOf = 64;
-  let offset = 0;
-  return list.map(({ name, tensor }) => {
+  return list.map(({ name, tensor, offset }) => {
     const data = flat.subarray(offset, offset + tensor.size);
-    offset += Math.ceil(tensor.size / blockOf) * blockOf;
     return { name, dtype: 'F32' as const, shape: [...tensor.shape], data };
   });
 }

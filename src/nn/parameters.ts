@@ -42,6 +42,8 @@ export interface NamedParameter {
   readonly name: string;
   readonly tensor: Tensor;
   readonly decay: boolean;
+  /** Where its values begin in the flat tensors. */
+  readonly offset: number;
 }
 
 /** Parameters that exist. */
@@ -114,7 +116,7 @@ export function createParameters<S extends SpecTree>(
     if (gradients !== undefined) parameter(t, keep(viewOf(gradients, spec.shape, offset)));
     if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
     tensors.set(spec, t);
-    list.push({ name: spec.name, tensor: t, decay: spec.decay });
+    list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
     offset += padded(count);
   }
   return {

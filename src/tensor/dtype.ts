@@ -21,8 +21,3 @@ export const arrayTypes = {
   u8: Uint8Array,
   f64: Float64Array,
 } as const;
-
-/** Bytes of one element. */
-export function sizeOf(dtype: DType): number {
-  return arrayTypes[dtype].BYTES_PER_ELEMENT;
-}

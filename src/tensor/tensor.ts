@@ -1,4 +1,4 @@
-import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes, sizeOf } from './dtype.ts';
+import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './dtype.ts';
 import { io, native, typed } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
 import type { Recipe } from './saved.ts';
@@ -262,9 +262,4 @@ export function parameter(t: Tensor, gradient?: Tensor): Tensor {
   t.sink = { tensor: addUse(into), owned: gradient === undefined, written: false };
   t.tracked = true;
   return t;
-}
-
-/** Bytes that a tensor takes. */
-export function bytesOf(t: Tensor): number {
-  return t.size * sizeOf(t.dtype);
 }
