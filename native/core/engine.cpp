@@ -140,7 +140,7 @@ void Engine::call(int op_number, const Handle* in, const double* scalars, const 
   for (size_t i = 0; i < sig.in.size(); ++i)
     if (in[i]) c.in[i] = at(in[i], c.op);
   for (size_t i = 0; i < sig.scalars.size(); ++i) c.scalar[i] = scalars[i];
-  sig.bind(c);
+  sig.bind(c, false);
 
   std::vector<Handle> made;  // undone when a later allocation fails
   try {

@@ -18,7 +18,8 @@ struct Call {
   View out[kMaxTensors];               // an output that is not wanted has no data: skip its work
   bool accumulate[kMaxTensors] = {};   // out[i] += instead of =, for outputs marked + in the signature
   double scalar[kMaxScalars] = {};
-  ThreadPool* threads = nullptr;
+  ThreadPool* threads = nullptr;        // of the CPU backend
+  void* device = nullptr;              // of a backend library: what its kernels launch on
   void* workspace = nullptr;           // as many bytes as the kernel's workspace function asked for, 64-byte aligned
   size_t workspace_bytes = 0;
 };
@@ -37,9 +38,13 @@ struct KernelFamily {
 
 }  // namespace limbeck
 
-// Every file of native/cpu is compiled once for each instruction set, in a namespace of that name; the build lists the families.
+// Every file of native/cpu is compiled once for each instruction set, in a namespace of that name; native/cuda once for the GPU and
+// once for its emulation. The build lists the families.
+#ifndef LIMBECK_KERNEL_SPACE
+#define LIMBECK_KERNEL_SPACE limbeck::cpu::LIMBECK_ISA
+#endif
 #define LIMBECK_KERNELS(family, ...)                                   \
-  namespace limbeck::cpu::LIMBECK_ISA {                                \
+  namespace LIMBECK_KERNEL_SPACE {                                     \
   static constexpr Kernel family##_table[] = {__VA_ARGS__};            \
   extern const KernelFamily family##_family;                           \
   constinit const KernelFamily family##_family = {family##_table, sizeof(family##_table) / sizeof(Kernel)}; \

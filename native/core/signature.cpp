@@ -134,9 +134,9 @@ class Parser {
   Signature sig_;
 };
 
-bool fits(DTypeRule rule, DType t) {
+bool fits(DTypeRule rule, DType t, DType compute) {
   switch (rule) {
-    case DTypeRule::compute:
+    case DTypeRule::compute: return t == compute;
     case DTypeRule::f32: return t == DType::f32;
     case DTypeRule::any_float: return t == DType::f32 || t == DType::bf16;
     case DTypeRule::bf16: return t == DType::bf16;
@@ -146,13 +146,22 @@ bool fits(DTypeRule rule, DType t) {
   }
   return false;
 }
-const char* name_of(DTypeRule rule) {
-  constexpr const char* names[] = {"f32", "f32 or bf16", "f32", "bf16", "i32", "u8", "f64"};
-  return names[static_cast<size_t>(rule)];
+const char* name_of(DTypeRule rule, DType compute) {
+  constexpr const char* names[] = {"", "f32 or bf16", "f32", "bf16", "i32", "u8", "f64"};
+  return rule == DTypeRule::compute ? limbeck::name_of(compute) : names[static_cast<size_t>(rule)];
 }
-DType output_dtype(DTypeRule rule) {
+DType output_dtype(DTypeRule rule, DType compute) {
   constexpr DType types[] = {DType::f32, DType::f32, DType::f32, DType::bf16, DType::i32, DType::u8, DType::f64};
-  return types[static_cast<size_t>(rule)];
+  return rule == DTypeRule::compute ? compute : types[static_cast<size_t>(rule)];
+}
+
+// What a call computes in: see the head of signature.h.
+DType compute_dtype(const Signature& sig, const Call& call) {
+  const auto is_float = [](DType t) { return t == DType::f32 || t == DType::bf16; };
+  for (const DTypeRule rule : {DTypeRule::compute, DTypeRule::any_float})
+    for (size_t i = 0; i < sig.in.size(); ++i)
+      if (sig.in[i].dtype == rule && call.in[i] && is_float(call.in[i].dtype)) return call.in[i].dtype;
+  return DType::f32;
 }
 
 // What the dims of one call stand for.
@@ -191,11 +200,11 @@ struct Binding {
       .in(sig.op).on(spec.name).wanted(wanted).got(shape_text(v));
 }
 
-void bind_input(const Signature& sig, const TensorSpec& spec, const View& v, Binding& b) {
-  if (!fits(spec.dtype, v.dtype))
+void bind_input(const Signature& sig, const TensorSpec& spec, const View& v, DType compute, Binding& b) {
+  if (!fits(spec.dtype, v.dtype, compute))
     throw Error(ErrorKind::dtype, "ERR_DTYPE",
-                sig.op + ": " + spec.name + " is " + limbeck::name_of(v.dtype) + ", expected " + name_of(spec.dtype) + "; convert it with cast()")
-        .in(sig.op).on(spec.name).wanted(name_of(spec.dtype)).got(limbeck::name_of(v.dtype));
+                sig.op + ": " + spec.name + " is " + limbeck::name_of(v.dtype) + ", expected " + name_of(spec.dtype, compute) + "; convert it with cast()")
+        .in(sig.op).on(spec.name).wanted(name_of(spec.dtype, compute)).got(limbeck::name_of(v.dtype));
   const bool star = !spec.dims.empty() && spec.dims[0].kind == Dim::star;
   const int named = static_cast<int>(spec.dims.size()) - (star ? 1 : 0);
   const int lead = v.rank - named;
@@ -226,12 +235,13 @@ void bind_input(const Signature& sig, const TensorSpec& spec, const View& v, Bin
 
 Signature Signature::parse(std::string_view text) { return Parser(text).run(); }
 
-void Signature::bind(Call& call) const {
+void Signature::bind(Call& call, bool computes_bf16) const {
+  const DType compute = computes_bf16 ? compute_dtype(*this, call) : DType::f32;
   Binding b;
   std::fill(b.symbol, b.symbol + symbols.size(), Binding::unbound);
   for (size_t i = 0; i < in.size(); ++i) {
     if (call.in[i]) {
-      bind_input(*this, in[i], call.in[i], b);
+      bind_input(*this, in[i], call.in[i], compute, b);
     } else if (!in[i].optional) {
       throw Error(ErrorKind::shape, "ERR_MISSING_ARGUMENT", op + ": " + in[i].name + " is missing; the op is " + this->text)
           .in(op).on(in[i].name).wanted("a tensor").got("nothing");
@@ -240,7 +250,7 @@ void Signature::bind(Call& call) const {
   for (size_t i = 0; i < out.size(); ++i) {
     View& v = call.out[i];
     const TensorSpec& spec = out[i];
-    v.dtype = output_dtype(spec.dtype);
+    v.dtype = output_dtype(spec.dtype, compute);
     v.rank = 0;
     for (const Dim& d : spec.dims) {
       if (d.kind == Dim::star) {

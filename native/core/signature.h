@@ -1,7 +1,8 @@
 // An op's signature: `rms_norm(x[* c], w[c]:float, eps) -> y[* c], rstd[*]:f32`. Parsed once; each call binds its dims to shapes.
 //
 //   x[* c]      a tensor; `*` stands for any leading dims, the same in all tensors; an integer is a fixed size; `[]` is a scalar tensor
-//   :f32 :bf16 :i32 :u8 :f64   a fixed dtype; `:float` is f32 or bf16; none is the op's compute dtype (f32 on the CPU)
+//   :f32 :bf16 :i32 :u8 :f64   a fixed dtype; `:float` is f32 or bf16; none is the call's compute dtype: f32, or on a GPU
+//               that of the first such tensor (else of the first :float one), which the others must share
 //   x[..]?      may be absent          p[..]&   is updated in place
 //   eps         a number; an output dim may take its size from one of that name
 //   dw[..]+     an output that can be added to            dr = dy   an output that is the same tensor as an input
@@ -45,7 +46,7 @@ struct Signature {
   static Signature parse(std::string_view text);
 
   // Checks in[] and scalars against the signature and fills shape and dtype of out[]. Views that are absent have no data.
-  void bind(Call& call) const;
+  void bind(Call& call, bool computes_bf16) const;
 };
 
 std::string shape_text(const View& v);

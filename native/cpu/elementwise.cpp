@@ -78,20 +78,35 @@ static void add_into(const Call& call) {
   for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(y + i) + lanes.get(x + i)); });
 }
 
-// to_bf16(x[*]) -> y[*]:bf16, rounded to nearest, ties to even
+// to_bf16(x[*]:float) -> y[*]:bf16, rounded to nearest, ties to even
 static void to_bf16(const Call& call) {
-  const float* x = call.in[0].as<float>();
   uint16_t* y = call.out[0].as<uint16_t>();
-  if (y) for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+  if (!y) return;
+  if (call.in[0].dtype == DType::bf16) {
+    const uint16_t* x = call.in[0].as<uint16_t>();
+    for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+    return;
+  }
+  const float* x = call.in[0].as<float>();
+  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
 }
 
-// to_f32(x[*]:float) -> y[*]
-static void to_f32(const Call& call) {
-  if (call.in[0].dtype == DType::f32) return copy(call);
-  const uint16_t* x = call.in[0].as<uint16_t>();
+static void widen(const Call& call, const View& from) {
   const Sink y(call, 0);
-  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
+  if (from.dtype == DType::bf16) {
+    const uint16_t* x = from.as<uint16_t>();
+    for_elements(call, from.size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
+  } else {
+    const float* x = from.as<float>();
+    for_elements(call, from.size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
+  }
 }
+
+// to_f32(x[*]:float) -> y[*]:f32
+static void to_f32(const Call& call) { widen(call, call.in[0]); }
+
+// to_f32_backward(x[*]:float, dy[*]:f32) -> dx[*]+, to_bf16_backward(x[*]:float, dy[*]:float) -> dx[*]+
+static void cast_backward(const Call& call) { widen(call, call.in[1]); }
 
 // softcap(x[*], cap) -> y[*] = cap tanh(x / cap)
 static void softcap(const Call& call) {
@@ -117,4 +132,5 @@ static void softcap_backward(const Call& call) {
 LIMBECK_KERNELS(elementwise, {"add", add}, {"sub", sub}, {"sub_backward", sub_backward}, {"mul", mul}, {"mul_backward", mul_backward},
                 {"scale", scale}, {"scale_backward", scale}, {"fill", fill}, {"copy", copy}, {"copy_backward", copy},
                 {"copy_", copy_into}, {"add_", add_into},
-                {"to_bf16", to_bf16}, {"to_f32", to_f32}, {"softcap", softcap}, {"softcap_backward", softcap_backward})
+                {"to_bf16", to_bf16}, {"to_f32", to_f32},
+                {"to_bf16_backward", cast_backward}, {"to_f32_backward", cast_backward}, {"softcap", softcap}, {"softcap_backward", softcap_backward})

@@ -9,8 +9,14 @@ const subOp = op({ forward: 'sub(a[*], b[*]) -> y[*]', backward: 'sub_backward(d
 const mulOp = op({ forward: 'mul(a[*], b[*]) -> y[*]', backward: 'mul_backward(dy[*], a[*], b[*]) -> da[*]+, db[*]+' });
 const scaleOp = op({ forward: 'scale(x[*], s) -> y[*]', backward: 'scale_backward(dy[*], s) -> dx[*]+' });
 const copyOp = op({ forward: 'copy(x[*]) -> y[*]', backward: 'copy_backward(dy[*]) -> dx = dy' });
-const toBf16 = op({ forward: 'to_bf16(x[*]) -> y[*]:bf16' });
-const toF32 = op({ forward: 'to_f32(x[*]:float) -> y[*]', backward: 'to_f32_backward(dy[*]) -> dx = dy' });
+const toBf16 = op({
+  forward: 'to_bf16(x[*]:float) -> y[*]:bf16',
+  backward: 'to_bf16_backward(x[*]:float, dy[*]:float) -> dx[*]+',
+});
+const toF32 = op({
+  forward: 'to_f32(x[*]:float) -> y[*]:f32',
+  backward: 'to_f32_backward(x[*]:float, dy[*]:f32) -> dx[*]+',
+});
 const softcapOp = op({
   forward: 'softcap(x[*], cap) -> y[*]',
   backward: 'softcap_backward(dy[*], y[*], cap) -> dx[*]+',
@@ -71,13 +77,12 @@ export function copy(x: Tensor): Tensor {
 }
 
 /**
- * Converts between f32 and bf16, rounding to the nearest, ties to even. Gradients flow through bf16 → f32 only.
+ * Converts between f32 and bf16, rounding to the nearest, ties to even. Gradients flow both ways.
  * @param x [*], f32 or bf16
  * @returns [*], always a copy
  * @throws DTypeError for any other pair of dtypes.
  */
 export function cast(x: Tensor, dtype: DType): Tensor {
-  if (dtype === 'bf16' && x.dtype === 'bf16') return cast(cast(x, 'f32'), 'bf16');
   if (dtype === 'bf16') return toBf16(x)[0]!;
   if (dtype === 'f32') return toF32(x)[0]!;
   throw new DTypeError(`cast: cannot convert ${x.dtype} to ${dtype}; it converts between f32 and bf16`, {

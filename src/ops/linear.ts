@@ -4,7 +4,7 @@ import type { Tensor } from '../tensor/tensor.ts';
 
 const linearOp = op({
   forward: 'linear(x[* k], w[n k]:float, bias[n]?) -> y[* n]',
-  backward: 'linear_backward(dy[* n], x[* k], w[n k]:float) -> dx[* k]+, dw[n k]:f32+, dbias[n]+',
+  backward: 'linear_backward(dy[* n], x[* k], w[n k]:float) -> dx[* k]+, dw[n k]:f32+, dbias[n]:f32+',
 });
 const gatedOp = op({
   forward: 'gated_linear(gate[* f], up[* f], w[n f]:float, kind) -> y[* n]',

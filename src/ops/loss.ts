@@ -7,15 +7,15 @@ import { check, type Divergence, divergenceCode } from './divergence.ts';
 const crossEntropy = op({
   head: true,
   forward:
-    'linear_cross_entropy(x[* c], w[v c]:float, targets[*]:i32, weights[*]?, cap, zloss) -> ' +
-    'total[], loss[*], lse[*], correct[*], dx[* c]+, dw[v c]:f32+',
+    'linear_cross_entropy(x[* c], w[v c]:float, targets[*]:i32, weights[*]:f32?, cap, zloss) -> ' +
+    'total[]:f32, loss[*]:f32, lse[*]:f32, correct[*]:f32, dx[* c]+, dw[v c]:f32+',
 });
 const distillation = op({
   head: true,
   forward:
-    'linear_distill(x[* c], w[v c]:float, targets[*]:i32?, weights[*]?, tx[* e]?, tw[v e]:float?, tlogits[* v]?, tids[* m]:i32?, ' +
-    'tlogp[* m]?, divergence, param, param2, temperature, cap, tcap, ce_weight, kd_weight, tail) -> ' +
-    'total[], kd[*], ce[*], agree[*], dx[* c]+, dw[v c]:f32+',
+    'linear_distill(x[* c], w[v c]:float, targets[*]:i32?, weights[*]:f32?, tx[* e]?, tw[v e]:float?, tlogits[* v]?, tids[* m]:i32?, ' +
+    'tlogp[* m]:f32?, divergence, param, param2, temperature, cap, tcap, ce_weight, kd_weight, tail) -> ' +
+    'total[]:f32, kd[*]:f32, ce[*]:f32, agree[*]:f32, dx[* c]+, dw[v c]:f32+',
 });
 
 export interface CrossEntropyOptions {

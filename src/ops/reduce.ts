@@ -3,9 +3,9 @@ import { op } from '../tensor/op.ts';
 import { noGrad } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
-const sumOp = op({ forward: 'sum(x[*]) -> y[]', backward: 'sum_backward(dy[], x[*]) -> dx[*]+' });
-const meanOp = op({ forward: 'mean(x[*]) -> y[]', backward: 'mean_backward(dy[], x[*]) -> dx[*]+' });
-const dotOp = op({ forward: 'dot(a[*], b[*]) -> y[]', backward: 'dot_backward(dy[], a[*], b[*]) -> da[*]+, db[*]+' });
+const sumOp = op({ forward: 'sum(x[*]) -> y[]:f32', backward: 'sum_backward(dy[]:f32, x[*]) -> dx[*]+' });
+const meanOp = op({ forward: 'mean(x[*]) -> y[]:f32', backward: 'mean_backward(dy[]:f32, x[*]) -> dx[*]+' });
+const dotOp = op({ forward: 'dot(a[*], b[*]) -> y[]:f32', backward: 'dot_backward(dy[]:f32, a[*], b[*]) -> da[*]+, db[*]+' });
 const squares = op({ forward: 'squared_norm(x[*]) -> y[]:f64' });
 const finite = op({ forward: 'is_finite(x[*]) -> y[]:i32' });
 const largest = op({ forward: 'argmax(x[* c]) -> y[*]:i32' });

@@ -2,10 +2,10 @@
 import { op } from '../tensor/op.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
-const table = op({ forward: 'rope_table(positions[*]:i32, d, base) -> table[* d]' });
+const table = op({ forward: 'rope_table(positions[*]:i32, d, base) -> table[* d]:f32' });
 const rotate = op({
-  forward: 'rope(x[b t h d], table[b t d], direction) -> y[b t h d]',
-  backward: 'rope_backward(dy[b t h d], table[b t d], direction) -> dx[b t h d]+',
+  forward: 'rope(x[b t h d], table[b t d]:f32, direction) -> y[b t h d]',
+  backward: 'rope_backward(dy[b t h d], table[b t d]:f32, direction) -> dx[b t h d]+',
 });
 
 export interface RopeOptions {

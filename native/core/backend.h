@@ -1,0 +1,79 @@
+// What an engine needs of a device. The CPU's stands in this folder (host.cpp); others come from a library that is opened at run
+// time and exports limbeck_backend(). Both sides are compiled from these headers: the ABI number says whether from the same ones.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "core/kernel.h"
+
+namespace limbeck {
+
+// One range of device addresses. `commit` makes the first `bytes` usable; it only ever grows.
+class Range {
+ public:
+  virtual ~Range() = default;
+  virtual char* base() const = 0;
+  virtual size_t size() const = 0;
+  virtual bool commit(size_t bytes) = 0;  // false: the device has no room
+  // Parts that hold nothing now. They may be handed back to the system, and come again as undefined contents.
+  virtual void give_back(const std::vector<std::pair<void*, size_t>>& parts) = 0;
+};
+
+// Runs in order what the stream's thread gives it. All functions but the constructor's are called by that thread, in the order of the
+// calls; they may return before the work is done.
+class Backend {
+ public:
+  // Called when the work before it is done, from any thread; `fault` is null or what stopped the device.
+  using Done = std::function<void(const Error* fault)>;
+
+  virtual ~Backend() = default;
+  virtual const char* name() const = 0;    // "cpu", "cuda"
+  virtual const char* detail() const = 0;  // instruction set, or the device's name and architecture
+  virtual int threads() const = 0;
+  virtual bool computes_bf16() const = 0;  // whether tensors without a dtype in the signature may be bf16
+  virtual std::vector<const KernelFamily*> families() const = 0;
+  virtual size_t default_limit() const = 0;  // bytes that tensors may take when nobody says
+  virtual std::unique_ptr<Range> reserve(size_t bytes) = 0;
+
+  virtual void prepare(Call& call) = 0;  // fills in what kernels and workspace functions look at: threads, device
+  virtual void run(const Kernel& kernel, const Call& call) = 0;
+  virtual void write(void* to, const void* from, size_t bytes) = 0;          // `from` may be reused when it returns
+  virtual void read(void* to, const void* from, size_t bytes, Done done) = 0;
+  virtual void sync(Done done) = 0;
+  virtual void drain() = 0;  // returns when all work is done
+
+  // Whether write() may be called by the engine's owner while the stream is idle.
+  virtual bool writes_at_once() const = 0;
+  // The start and end of a run of kernels that will be asked for again as a whole. A backend without graphs returns null, and the
+  // kernels are simply run again.
+  virtual void capture() {}
+  virtual std::shared_ptr<void> captured() { return nullptr; }
+  virtual void replay(void*) {}
+  // Seconds that one kernel took on the device; by default the wall time of run().
+  virtual double time(const Kernel& kernel, const Call& call) = 0;
+};
+
+constexpr int kBackendAbi = 1;
+
+struct BackendOptions {
+  int device = 0;
+  int threads = 1;  // of the CPU, where a backend computes on it
+};
+
+// What a backend library exports as `limbeck_backend`. Sizes are checked too: a struct that differs must not be passed along.
+struct BackendLibrary {
+  int abi;
+  size_t call_bytes, view_bytes;
+  const char* build;  // compiler and architectures
+  // Throws Error of kind device: no driver, no device, wrong architecture.
+  std::unique_ptr<Backend> (*open)(const BackendOptions& options);
+  // What there is, as JSON: driver, devices, libraries found and where they were looked for. Never throws.
+  std::string (*probe)();
+};
+using BackendLibraryFunction = const BackendLibrary* (*)();
+
+}  // namespace limbeck

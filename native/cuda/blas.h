@@ -1,0 +1,39 @@
+// Matrix products on the GPU: cuBLASLt, opened at run time; in emulation, plain loops.
+#pragma once
+#include <string>
+
+#include "core/view.h"
+#include "cuda/device.h"
+
+namespace limbeck::cuda {
+
+// Row-major matrices: c[m n] (+)= scale * op(a)[m k] * op(b)[k n]. `ld` is the distance of rows in elements.
+struct Matrix {
+  const void* data;
+  DType dtype;         // bf16, f32, or u8 for fp8 (e4m3)
+  int64_t ld;
+  bool transposed;     // a is stored [k m], b is stored [n k]
+  const float* scales = nullptr;  // fp8: one for each row of a (token), each row of stored b (channel)
+};
+
+struct Product {
+  int64_t m, n, k;
+  Matrix a, b;
+  void* c;
+  DType c_dtype;       // f32 or bf16; sums are float32
+  int64_t ldc;
+  bool accumulate = false;
+  float scale = 1;
+  const void* bias = nullptr;  // [n], of c's dtype
+};
+
+class Blas {
+ public:
+  virtual ~Blas() = default;
+  // Enqueues on the device's stream. Deterministic. Throws Error of kind device where the library is missing or refuses.
+  virtual void run(const Device& device, const Product& product) = 0;
+  virtual size_t workspace_bytes() const = 0;
+  virtual std::string version() const = 0;
+};
+
+}  // namespace limbeck::cuda

@@ -1,0 +1,22 @@
+// The GPU as kernels see it.
+#pragma once
+#include "core/kernel.h"
+#include "cuda/runtime.h"
+
+namespace limbeck::cuda {
+
+class Blas;
+
+struct Device {
+  int number = 0;
+  int architecture = 0;          // 80, 90, ...: compute capability times ten
+  int processors = 0;            // streaming multiprocessors
+  size_t memory = 0;             // bytes
+  size_t shared_per_block = 0;   // bytes a block may opt in to
+  cudaStream_t stream = nullptr; // what kernels are launched on
+  Blas* blas = nullptr;          // matrix products (blas.h)
+};
+
+inline const Device& device_of(const Call& call) { return *static_cast<const Device*>(call.device); }
+
+}  // namespace limbeck::cuda
