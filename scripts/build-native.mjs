@@ -8,22 +8,13 @@
 //     --list     only print the files that the addon is made from
 //
 // Environment: CXX, LIMBECK_BLAS (builtin | auto | openblas | mkl | accelerate), LIMBECK_SANITIZE (address,undefined), LIMBECK_JOBS.
-import { spawn, spawnSync } from 'node:child_process';
-import {
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  statSync,
-  utimesSync,
-  writeFileSync,
-} from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { BuildError, list, run, runAll, stale, stampOf } from './compile.mjs';
 import { writeFamilies } from './families.mjs';
 
 const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..');
@@ -37,22 +28,6 @@ const has = (flag) => process.argv.includes(flag);
 const jobs = Number(process.env.LIMBECK_JOBS) || os.availableParallelism();
 const blas = process.env.LIMBECK_BLAS || 'builtin';
 const sanitize = process.env.LIMBECK_SANITIZE || '';
-
-class BuildError extends Error {}
-
-function list(folder, ending) {
-  return existsSync(folder)
-    ? readdirSync(folder)
-        .filter((f) => f.endsWith(ending))
-        .sort()
-        .map((f) => path.join(folder, f))
-    : [];
-}
-
-function run(command, args, options = {}) {
-  const { error, status, stdout, stderr } = spawnSync(command, args, { encoding: 'utf8', ...options });
-  return { ok: !error && status === 0, text: `${stdout ?? ''}${stderr ?? ''}` };
-}
 
 const howToGetACompiler = {
   linux: 'apt install g++ | dnf install gcc-c++ | apk add g++',
@@ -86,15 +61,13 @@ function findCompiler() {
 /** Every file that the addon, or with it the C++ tests, are made from. */
 function inputs(tests) {
   const files = [path.join(native, 'build.json'), path.join(native, 'CMakeLists.txt')];
-  files.push(fileURLToPath(import.meta.url), path.join(root, 'scripts', 'families.mjs'));
+  files.push(...['build-native', 'compile', 'families'].map((name) => path.join(root, 'scripts', `${name}.mjs`)));
   const folders = ['core', 'cpu', 'text', 'binding'].map((folder) => path.join(native, folder));
   if (tests) folders.push(testFolder);
   for (const folder of folders) files.push(...list(folder, '.h'), ...list(folder, '.cpp'));
   return files;
 }
 
-// What was built, as text, and when it began, as the file's time. A file that was deleted leaves no newer time behind, so the names
-// are in it.
 function stamp(compiler, tests) {
   const { version } = JSON.parse(readFileSync(require.resolve('node-addon-api/package.json'), 'utf8'));
   const made = tests ? testPrograms() : [addon];
@@ -105,18 +78,7 @@ function stamp(compiler, tests) {
     addonApi: version,
     files: inputs(tests).map((file) => path.relative(root, file)),
   });
-  const file = path.join(buildFolder, tests ? 'tests' : 'Release', 'stamp.json');
-  const current = () => {
-    if (!existsSync(file) || readFileSync(file, 'utf8') !== text || !made.every((output) => existsSync(output))) return false;
-    const began = statSync(file).mtimeMs;
-    return inputs(tests).every((input) => statSync(input).mtimeMs < began);
-  };
-  const write = (began) => {
-    mkdirSync(path.dirname(file), { recursive: true });
-    writeFileSync(file, text);
-    utimesSync(file, began, began);
-  };
-  return { current, write };
+  return stampOf(path.join(buildFolder, tests ? 'tests' : 'Release', 'stamp.json'), text, made, inputs(tests));
 }
 
 function headerFolders() {
@@ -154,46 +116,6 @@ function withCMake(compiler, tests) {
   cmake(['configure', ...common, ...options]);
   cmake(['build', ...common, ...options]);
   if (tests) cmake(['build', ...common, ...options, '-T', 'native_tests']);
-}
-
-/** Runs the compiler, at most `jobs` at once; stops at the first failure. */
-async function compileAll(tasks) {
-  let next = 0;
-  let failed = null;
-  const worker = async () => {
-    while (next < tasks.length && !failed) {
-      const task = tasks[next++];
-      await new Promise((resolve) => {
-        const child = spawn(task.command, task.args, { stdio: ['ignore', 2, 2] });
-        child.on('error', (error) => {
-          failed ??= `${task.label}: ${error.message}`;
-          resolve();
-        });
-        child.on('close', (code) => {
-          if (code !== 0) failed ??= task.label;
-          resolve();
-        });
-      });
-    }
-  };
-  await Promise.all(Array.from({ length: jobs }, worker));
-  if (failed) throw new BuildError(`limbeck: the native build failed at ${failed}; the messages above say why.`);
-}
-
-/** Whether an object is older than its source or any header that the compiler saw (its .d file). */
-function stale(object) {
-  const dependencies = object.replace(/\.o$/, '.d');
-  if (!existsSync(object) || !existsSync(dependencies)) return true;
-  const built = statSync(object).mtimeMs;
-  const files = readFileSync(dependencies, 'utf8')
-    .replace(/^[^:]*:/, '')
-    .replace(/\\\n/g, ' ')
-    .trim()
-    .split(/(?<!\\)\s+/);
-  return files.some((name) => {
-    const file = name.replace(/\\ /g, ' ');
-    return !existsSync(file) || statSync(file).mtimeMs > built;
-  });
 }
 
 async function withCompiler(compiler, tests) {
@@ -259,7 +181,7 @@ async function withCompiler(compiler, tests) {
   }
   if (tasks.length > 0) console.error(`limbeck: compiling ${tasks.length} files with ${compiler.name} (${jobs} at once)`);
   rmSync(flagsFile, { force: true });
-  await compileAll(tasks);
+  await runAll(tasks, jobs);
   writeFileSync(flagsFile, flagsText);
 
   // Linked beside and renamed: a process that has the old addon open keeps it.
@@ -287,7 +209,7 @@ async function withCompiler(compiler, tests) {
       label: output,
     });
   }
-  await compileAll(link);
+  await runAll(link, jobs);
   renameSync(`${addon}.new`, addon);
 }
 

@@ -1,4 +1,5 @@
-// Makes what is published, into build/packages: the core package, and the platform package with the addon of this machine.
+// Makes what is published, into build/packages: the core package, the platform package with the addon of this machine and, where it
+// is built, the package with its CUDA library, which nothing installs by itself.
 //   node scripts/package.mjs       prints the tarballs and the oldest system libraries that the addon runs on
 import { spawnSync } from 'node:child_process';
 import { copyFileSync, cpSync, existsSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
@@ -76,31 +77,35 @@ if (!existsSync(addon)) fail('the addon is not built; run:  npm run setup');
 rmSync(out, { recursive: true, force: true });
 mkdirSync(out, { recursive: true });
 
-const platformFolder = path.join(out, platform);
-stage(
-  platformFolder,
-  {
-    name: platformName,
-    description: `The native core of limbeck for ${platform}`,
-    ...common(),
-    main: 'limbeck.node',
-    files: ['limbeck.node'],
-    os: [process.platform],
-    cpu: [process.arch],
-    ...(process.platform === 'linux' ? { libc: ['glibc'] } : {}),
-  },
-  ['LICENSE'],
+/** A package of one binary: stripped, checked, packed. */
+function packBinary(name, file, description, readme) {
+  const folder = path.join(out, path.basename(name));
+  const manifest = { name, description, ...common(), main: file, files: [file], os: [process.platform], cpu: [process.arch] };
+  stage(folder, { ...manifest, ...(process.platform === 'linux' ? { libc: ['glibc'] } : {}) }, ['LICENSE']);
+  writeFileSync(path.join(folder, 'README.md'), `# ${name}\n\n${readme}\n`);
+  const packed = path.join(folder, file);
+  copyFileSync(path.join(root, 'build', 'Release', file), packed);
+  run('strip', [process.platform === 'darwin' ? '-x' : '--strip-unneeded', packed], root);
+  console.log(`${file}  ${(statSync(packed).size / 1e6).toFixed(2)} MB`);
+  if (process.platform === 'linux') checkFloor(packed);
+  pack(folder);
+}
+
+const home = '[limbeck](https://www.npmjs.com/package/limbeck)';
+packBinary(
+  platformName,
+  'limbeck.node',
+  `The native core of limbeck for ${platform}`,
+  `The native core of ${home} for ${platform}. Install \`limbeck\`; it brings this package along.`,
 );
-writeFileSync(
-  path.join(platformFolder, 'README.md'),
-  `# ${platformName}\n\nThe native core of [limbeck](https://www.npmjs.com/package/limbeck) for ${platform}. Install \`limbeck\`; it brings this package along.\n`,
-);
-const packed = path.join(platformFolder, 'limbeck.node');
-copyFileSync(addon, packed);
-run('strip', [process.platform === 'darwin' ? '-x' : '--strip-unneeded', packed], root);
-console.log(`limbeck.node  ${(statSync(packed).size / 1e6).toFixed(2)} MB`);
-if (process.platform === 'linux') checkFloor(packed);
-pack(platformFolder);
+if (existsSync(path.join(root, 'build', 'Release', 'limbeck_cuda.so'))) {
+  packBinary(
+    `${platformName}-cuda`,
+    'limbeck_cuda.so',
+    `The CUDA kernels of limbeck for ${platform}`,
+    `The CUDA kernels of ${home} for ${platform}. Install it beside \`limbeck\` on a machine with an NVIDIA GPU of compute capability 8.0 or newer.`,
+  );
+}
 
 // The core package is the checkout's, less what only a checkout needs, plus the platform packages.
 const { scripts: _scripts, devDependencies: _dev, files, ...manifest } = pkg;

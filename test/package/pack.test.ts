@@ -44,7 +44,7 @@ function project(tarballs: string[]): string {
 
 const tarball = (pattern: RegExp) => join(packages, readdirSync(packages).find((file) => pattern.test(file))!);
 const core = () => tarball(/^limbeck-\d.*\.tgz$/);
-const platform = () => tarball(/^limbeck-(linux|darwin)-.*\.tgz$/);
+const platform = () => tarball(/^limbeck-(linux|darwin)-[^-]+-\d.*\.tgz$/);
 
 beforeAll(() => {
   const made = run(process.execPath, [join(root, 'scripts/package.mjs')], root);
