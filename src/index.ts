@@ -77,8 +77,11 @@ export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, rope, ropeTable } from './ops/rotary.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';
 // Tensors and the engine
+export type { CudaProbe } from './tensor/cuda.ts';
 export type { DataArray, DType } from './tensor/dtype.ts';
 export {
+  currentDevice,
+  type Device,
   type EngineOptions,
   init,
   type MemoryReport,
@@ -89,6 +92,7 @@ export {
   shutdown,
   sync,
   trim,
+  withDevice,
 } from './tensor/engine.ts';
 export {
   ConfigError,
@@ -104,11 +108,12 @@ export {
   ShapeError,
   TrainingError,
 } from './tensor/errors.ts';
+export { type Graph, graph } from './tensor/graph.ts';
 export { type BackendInfo, backendInfo } from './tensor/info.ts';
 export { type CallOptions, type Op, type OpSpec, op } from './tensor/op.ts';
 export { keep, scope } from './tensor/scope.ts';
 export { noGrad, recompute, valueAndGrad, zeroGrad } from './tensor/tape.ts';
-export { empty, parameter, readAs, Tensor, tensor, write, zeros } from './tensor/tensor.ts';
+export { empty, parameter, readAs, Tensor, tensor, toDevice, write, zeros } from './tensor/tensor.ts';
 export {
   type EncodeOptions,
   loadTokenizer,

@@ -6,8 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "binding/library.h"
 #include "core/cpuid.h"
 #include "core/engine.h"
+#include "core/host.h"
 
 namespace limbeck {
 
@@ -16,7 +18,7 @@ void register_text(Napi::Env env, Napi::Object exports);
 namespace {
 
 // Raised when the meaning of a function or of the shared array changes; src/tensor/native.ts holds its twin.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 constexpr size_t kIoSlots = 256;
 // After a call, each output takes this many slots of the shared array: handle, dtype, rank, dims.
 constexpr size_t kOutputSlots = 3 + kMaxRank;
@@ -54,22 +56,25 @@ napi_value guard(napi_env env, Body&& body) {
 struct Pending {
   napi_deferred deferred;
   napi_ref buffer = nullptr;
+  int device = 0;
   std::unique_ptr<Error> fault;
 };
 
 // What belongs to one JavaScript environment: the main thread or a worker.
 struct Instance {
-  std::unique_ptr<Engine> engine;
+  std::unique_ptr<Engine> engines[kDevices];
+  std::vector<std::unique_ptr<Signature>> signatures;  // of all devices, by number
   double* io = nullptr;
   napi_ref io_ref = nullptr;
   napi_threadsafe_function settle = nullptr;
   int pending = 0;
   napi_env env;
 
-  Engine& live() {
-    if (!engine) throw Error(ErrorKind::config, "ERR_NOT_STARTED", "limbeck: the engine was not started");
-    return *engine;
+  Engine& engine(int device) {
+    if (device < 0 || device >= kDevices || !engines[device]) throw Error(ErrorKind::config, "ERR_NOT_STARTED", "limbeck: the engine was not started");
+    return *engines[device];
   }
+  Engine& of(Handle h) { return engine(device_of(h)); }
 };
 
 Instance& instance_of(napi_env env) {
@@ -90,22 +95,28 @@ double number(napi_env env, napi_value v) {
   return d;
 }
 
-// start(io: Float64Array, threads, memoryLimit, isa or "")
+// start(io: Float64Array, device, memoryLimit or 0, and for the CPU: threads, isa or ""; else: path of its library, number)
 napi_value start(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
     Args a(env, info);
     Instance& me = instance_of(env);
-    if (me.engine) throw Error(ErrorKind::config, "ERR_STARTED", "init: the engine runs already; call init() before anything else");
+    const int device = static_cast<int>(number(env, a.value[1]));
+    if (me.engines[device]) throw Error(ErrorKind::config, "ERR_STARTED", "init: the engine runs already; call init() before anything else");
     Napi::Float64Array io = Napi::Value(env, a.value[0]).As<Napi::Float64Array>();
     if (io.ElementLength() < kIoSlots) throw Error(ErrorKind::internal, "ERR_INTERNAL", "limbeck: the shared array is too small");
-    const std::string isa = Napi::Value(env, a.value[3]).As<Napi::String>();
     EngineOptions options;
-    options.threads = static_cast<int>(number(env, a.value[1]));
+    options.device = device;
     options.memory_limit = static_cast<size_t>(number(env, a.value[2]));
-    options.kernels = &choose_isa(isa);
-    me.engine = std::make_unique<Engine>(options);
+    std::unique_ptr<Backend> backend;
+    if (device == 0) {
+      backend = open_host(static_cast<int>(number(env, a.value[3])), choose_isa(Napi::Value(env, a.value[4]).As<Napi::String>().Utf8Value()));
+    } else {
+      const std::string path = Napi::Value(env, a.value[3]).As<Napi::String>();
+      backend = backend_library(path).open({static_cast<int>(number(env, a.value[4]))});
+    }
+    me.engines[device] = std::make_unique<Engine>(std::move(backend), options);
+    if (!me.io_ref) napi_create_reference(env, a.value[0], 1, &me.io_ref);
     me.io = io.Data();
-    napi_create_reference(env, a.value[0], 1, &me.io_ref);
     return nullptr;
   });
 }
@@ -115,7 +126,8 @@ napi_value stop(napi_env env, napi_callback_info) {
   return guard(env, [&]() -> napi_value {
     Instance& me = instance_of(env);
     if (me.pending > 0) throw Error(ErrorKind::config, "ERR_BUSY", "shutdown: reads are pending; await them first");
-    me.engine.reset();
+    for (auto& engine : me.engines) engine.reset();
+    me.signatures.clear();
     if (me.io_ref) napi_delete_reference(env, me.io_ref);
     me.io_ref = nullptr;
     return nullptr;
@@ -127,9 +139,10 @@ Napi::Value define(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   Napi::Object result = Napi::Object::New(env);
   guard(env, [&]() -> napi_value {
-    Engine& engine = instance_of(env).live();
-    const int id = engine.define(Signature::parse(info[0].As<Napi::String>().Utf8Value()));
-    const Signature& sig = engine.signature(id);
+    auto& signatures = instance_of(env).signatures;
+    const size_t id = signatures.size();
+    signatures.push_back(std::make_unique<Signature>(Signature::parse(info[0].As<Napi::String>().Utf8Value())));
+    const Signature& sig = *signatures.back();
     const auto tensors = [&](const std::vector<TensorSpec>& specs) {
       Napi::Array list = Napi::Array::New(env, specs.size());
       for (size_t i = 0; i < specs.size(); ++i) {
@@ -138,6 +151,7 @@ Napi::Value define(const Napi::CallbackInfo& info) {
         o.Set("optional", specs[i].optional);
         o.Set("inPlace", specs[i].in_place);
         o.Set("accumulates", specs[i].accumulates);
+        o.Set("f32", specs[i].dtype == DTypeRule::f32);
         list.Set(i, o);
       }
       return list;
@@ -156,7 +170,7 @@ Napi::Value define(const Napi::CallbackInfo& info) {
       o.Set("of", sig.aliases[i].second);
       aliases.Set(i, o);
     }
-    result.Set("id", id);
+    result.Set("id", static_cast<double>(id));
     result.Set("op", sig.op);
     result.Set("arguments", arguments);
     result.Set("inputs", tensors(sig.in));
@@ -173,23 +187,29 @@ napi_value call(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
     Args a(env, info);
     Instance& me = instance_of(env);
-    Engine& engine = me.live();
     const int op = static_cast<int>(number(env, a.value[0]));
-    const Signature& sig = engine.signature(op);
+    const Signature& sig = *me.signatures.at(static_cast<size_t>(op));
     Handle in[kMaxTensors], out[kMaxTensors];
     double scalars[kMaxScalars];
     OutputRequest requests[kMaxTensors];
     const double* at = me.io;
+    Handle first = 0;  // an op runs where its first tensor is
     for (const Argument& argument : sig.arguments) {
-      if (argument.scalar) scalars[argument.index] = *at++;
-      else in[argument.index] = static_cast<Handle>(*at++);
+      if (argument.scalar) {
+        scalars[argument.index] = *at++;
+      } else {
+        const Handle h = static_cast<Handle>(*at++);
+        in[argument.index] = h;
+        if (!first) first = h;
+      }
     }
+    Engine& engine = me.of(first);
     for (size_t i = 0; i < sig.out.size(); ++i, at += 2) {
       if (at[0] < 0) requests[i] = {OutputRequest::allocate, 0, false};
       else if (at[0] == 0) requests[i] = {OutputRequest::skip, 0, false};
       else requests[i] = {OutputRequest::existing, static_cast<Handle>(at[0]), at[1] != 0};
     }
-    engine.call(op, in, scalars, requests, out);
+    engine.call(op, sig, in, scalars, requests, out);
     double* to = me.io;
     for (size_t i = 0; i < sig.out.size(); ++i, to += kOutputSlots) {
       to[0] = static_cast<double>(out[i]);
@@ -216,14 +236,15 @@ int dims_from(const Instance& me, double rank, int64_t* dims) {
   return n;
 }
 
-// create(dtype, rank) -> handle
+// create(device, dtype, rank) -> handle
 napi_value create(napi_env env, napi_callback_info info) {
   return guard(env, [&] {
     Args a(env, info);
     Instance& me = instance_of(env);
     int64_t dims[kMaxRank];
-    const int rank = dims_from(me, number(env, a.value[1]), dims);
-    return handle_value(env, me.live().create(static_cast<DType>(static_cast<int>(number(env, a.value[0]))), dims, rank));
+    const int rank = dims_from(me, number(env, a.value[2]), dims);
+    Engine& engine = me.engine(static_cast<int>(number(env, a.value[0])));
+    return handle_value(env, engine.create(static_cast<DType>(static_cast<int>(number(env, a.value[1]))), dims, rank));
   });
 }
 
@@ -234,7 +255,8 @@ napi_value view(napi_env env, napi_callback_info info) {
     Instance& me = instance_of(env);
     int64_t dims[kMaxRank];
     const int rank = dims_from(me, number(env, a.value[2]), dims);
-    return handle_value(env, me.live().view(static_cast<Handle>(number(env, a.value[0])), static_cast<int64_t>(number(env, a.value[1])), dims, rank));
+    const Handle of = static_cast<Handle>(number(env, a.value[0]));
+    return handle_value(env, me.of(of).view(of, static_cast<int64_t>(number(env, a.value[1])), dims, rank));
   });
 }
 
@@ -242,7 +264,8 @@ napi_value view(napi_env env, napi_callback_info info) {
 napi_value release(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
     Args a(env, info);
-    instance_of(env).live().release(static_cast<Handle>(number(env, a.value[0])));
+    const Handle h = static_cast<Handle>(number(env, a.value[0]));
+    instance_of(env).of(h).release(h);
     return nullptr;
   });
 }
@@ -262,7 +285,8 @@ napi_value write(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
     Args a(env, info);
     const Bytes b = bytes_of(env, a.value[1]);
-    instance_of(env).live().write(static_cast<Handle>(number(env, a.value[0])), b.data, b.size);
+    const Handle h = static_cast<Handle>(number(env, a.value[0]));
+    instance_of(env).of(h).write(h, b.data, b.size);
     return nullptr;
   });
 }
@@ -279,7 +303,7 @@ void settle(napi_env env, napi_value, void*, void* data) {
     napi_delete_reference(env, p->buffer);
   }
   if (p->fault) {
-    if (me.engine) me.engine->clear_fault();
+    if (me.engines[p->device]) me.engines[p->device]->clear_fault();
     napi_reject_deferred(env, p->deferred, to_js(env, *p->fault));
   } else {
     napi_resolve_deferred(env, p->deferred, value);
@@ -289,9 +313,10 @@ void settle(napi_env env, napi_value, void*, void* data) {
 
 // A promise that settles when the stream comes to it; the process stays alive until then.
 template <class Enqueue>
-napi_value promise(napi_env env, napi_value buffer, Enqueue&& enqueue) {
+napi_value promise(napi_env env, int device, napi_value buffer, Enqueue&& enqueue) {
   Instance& me = instance_of(env);
   auto pending = std::make_unique<Pending>();
+  pending->device = device;
   napi_value result;
   napi_create_promise(env, &pending->deferred, &result);
   if (buffer) napi_create_reference(env, buffer, 1, &pending->buffer);
@@ -313,26 +338,31 @@ napi_value promise(napi_env env, napi_value buffer, Enqueue&& enqueue) {
 napi_value read(napi_env env, napi_callback_info info) {
   return guard(env, [&] {
     Args a(env, info);
-    Engine& engine = instance_of(env).live();
     const Handle h = static_cast<Handle>(number(env, a.value[0]));
+    Engine& engine = instance_of(env).of(h);
     engine.at(h, "read");
     const Bytes b = bytes_of(env, a.value[1]);
-    return promise(env, a.value[1], [&](Engine::Done done) { engine.read(h, b.data, b.size, std::move(done)); });
+    return promise(env, device_of(h), a.value[1], [&](Engine::Done done) { engine.read(h, b.data, b.size, std::move(done)); });
   });
 }
 
-// sync() -> promise that resolves when all work enqueued before is done
-napi_value sync(napi_env env, napi_callback_info) {
+// sync(device) -> promise that resolves when all work enqueued before is done
+napi_value sync(napi_env env, napi_callback_info info) {
   return guard(env, [&] {
-    Engine& engine = instance_of(env).live();
-    return promise(env, nullptr, [&](Engine::Done done) { engine.sync(std::move(done)); });
+    Args a(env, info);
+    const int device = static_cast<int>(number(env, a.value[0]));
+    Engine& engine = instance_of(env).engine(device);
+    return promise(env, device, nullptr, [&](Engine::Done done) { engine.sync(std::move(done)); });
   });
 }
+
+// All that follow take the device first.
+Engine& engine_of(const Napi::CallbackInfo& info) { return instance_of(info.Env()).engine(info[0].ToNumber().Int32Value()); }
 
 Napi::Value memory(const Napi::CallbackInfo& info) {
   Napi::Object o = Napi::Object::New(info.Env());
-  const Instance& me = instance_of(info.Env());
-  const MemoryReport m = me.engine ? me.engine->memory() : MemoryReport{};
+  const auto& engine = instance_of(info.Env()).engines[info[0].ToNumber().Int32Value()];
+  const MemoryReport m = engine ? engine->memory() : MemoryReport{};
   o.Set("live", static_cast<double>(m.live));
   o.Set("peak", static_cast<double>(m.peak));
   o.Set("reserved", static_cast<double>(m.reserved));
@@ -341,33 +371,53 @@ Napi::Value memory(const Napi::CallbackInfo& info) {
   return o;
 }
 
-napi_value reset_peak(napi_env env, napi_callback_info) {
-  return guard(env, [&]() -> napi_value { instance_of(env).live().reset_peak(); return nullptr; });
-}
-
-napi_value trim(napi_env env, napi_callback_info) {
-  return guard(env, [&]() -> napi_value { instance_of(env).live().trim(); return nullptr; });
-}
-
-Napi::Value profile(const Napi::CallbackInfo& info) {
-  guard(info.Env(), [&]() -> napi_value { instance_of(info.Env()).live().profile(info[0].ToBoolean()); return nullptr; });
+// Runs `body`, for functions that answer nothing.
+template <class Body>
+Napi::Value told(const Napi::CallbackInfo& info, Body&& body) {
+  guard(info.Env(), [&]() -> napi_value {
+    body(engine_of(info));
+    return nullptr;
+  });
   return info.Env().Undefined();
+}
+
+Napi::Value reset_peak(const Napi::CallbackInfo& info) { return told(info, [](Engine& e) { e.reset_peak(); }); }
+Napi::Value trim(const Napi::CallbackInfo& info) { return told(info, [](Engine& e) { e.trim(); }); }
+Napi::Value profile(const Napi::CallbackInfo& info) { return told(info, [&](Engine& e) { e.profile(info[1].ToBoolean()); }); }
+Napi::Value capture(const Napi::CallbackInfo& info) { return told(info, [](Engine& e) { e.capture(); }); }
+Napi::Value replay(const Napi::CallbackInfo& info) { return told(info, [&](Engine& e) { e.replay(info[1].ToNumber()); }); }
+Napi::Value drop(const Napi::CallbackInfo& info) { return told(info, [&](Engine& e) { e.drop(info[1].ToNumber()); }); }
+
+// captured(device) -> the graph's number
+Napi::Value captured(const Napi::CallbackInfo& info) {
+  int graph = 0;
+  told(info, [&](Engine& e) { graph = e.captured(); });
+  return Napi::Number::New(info.Env(), graph);
 }
 
 Napi::Value profiled(const Napi::CallbackInfo& info) {
   Napi::Array list = Napi::Array::New(info.Env());
-  guard(info.Env(), [&]() -> napi_value {
+  told(info, [&](Engine& e) {
     uint32_t i = 0;
-    for (const OpProfile& p : instance_of(info.Env()).live().profiled()) {
+    for (const OpProfile& p : e.profiled()) {
       Napi::Object o = Napi::Object::New(info.Env());
       o.Set("op", p.op);
       o.Set("count", static_cast<double>(p.count));
       o.Set("seconds", p.seconds);
       list.Set(i++, o);
     }
-    return nullptr;
   });
   return list;
+}
+
+// probe(path of a backend library) -> what it says of the machine, as JSON
+Napi::Value probe(const Napi::CallbackInfo& info) {
+  std::string json;
+  guard(info.Env(), [&]() -> napi_value {
+    json = backend_library(info[0].As<Napi::String>().Utf8Value()).probe();
+    return nullptr;
+  });
+  return Napi::String::New(info.Env(), json);
 }
 
 Napi::Value info(const Napi::CallbackInfo& info) {
@@ -377,15 +427,16 @@ Napi::Value info(const Napi::CallbackInfo& info) {
   for (int i = 0; i < cpu_isa_count; ++i) compiled.Set(static_cast<uint32_t>(i), cpu_isas[i].isa);
   o.Set("compiled", compiled);
   const Instance& me = instance_of(env);
-  if (me.engine) {
-    o.Set("isa", me.engine->isa());
-    o.Set("threads", me.engine->threads());
+  if (me.engines[0]) {
+    o.Set("isa", me.engines[0]->backend().detail());
+    o.Set("threads", me.engines[0]->backend().threads());
   } else {
     guard(env, [&]() -> napi_value {
       o.Set("isa", choose_isa().isa);
       return nullptr;
     });
   }
+  if (me.engines[1]) o.Set("cuda", me.engines[1]->backend().detail());
   o.Set("blas", blas_name);
   o.Set("compiler", __VERSION__);
   return o;
@@ -411,7 +462,6 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
       env,
       [](void* data) {
         auto* self = static_cast<Instance*>(data);
-        self->engine.reset();
         delete self;
       },
       me);
@@ -428,8 +478,13 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   set_raw(env, exports, "read", read);
   set_raw(env, exports, "sync", sync);
   exports.Set("memory", Napi::Function::New(env, memory));
-  set_raw(env, exports, "resetPeak", reset_peak);
-  set_raw(env, exports, "trim", trim);
+  exports.Set("resetPeak", Napi::Function::New(env, reset_peak));
+  exports.Set("trim", Napi::Function::New(env, trim));
+  exports.Set("capture", Napi::Function::New(env, capture));
+  exports.Set("captured", Napi::Function::New(env, captured));
+  exports.Set("replay", Napi::Function::New(env, replay));
+  exports.Set("drop", Napi::Function::New(env, drop));
+  exports.Set("probe", Napi::Function::New(env, probe));
   exports.Set("profile", Napi::Function::New(env, profile));
   exports.Set("profiled", Napi::Function::New(env, profiled));
   exports.Set("info", Napi::Function::New(env, info));

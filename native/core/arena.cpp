@@ -1,26 +1,10 @@
 #include "core/arena.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <new>
 
 namespace limbeck {
 
-Arena::Arena(size_t limit) {
-  const size_t huge = size_t{2} << 20;
-  limit_ = (std::max(limit, huge) + huge - 1) / huge * huge;
-  void* p = mmap(nullptr, limit_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  base_ = static_cast<char*>(p);
-#ifdef MADV_HUGEPAGE
-  madvise(base_, limit_, MADV_HUGEPAGE);  // fewer TLB misses in matrix products; a wish, not a need
-#endif
-  insert(0, limit_);
-}
-
-Arena::~Arena() { munmap(base_, limit_); }
+Arena::Arena(std::unique_ptr<Range> range) : range_(std::move(range)), base_(range_->base()), limit_(range_->size()) { insert(0, limit_); }
 
 void Arena::insert(size_t offset, size_t size) {
   by_offset_.emplace(offset, size);
@@ -37,6 +21,7 @@ void* Arena::allocate(size_t bytes) {
   const auto fit = by_size_.lower_bound({size, 0});
   if (fit == by_size_.end()) return nullptr;
   const size_t offset = fit->second, have = fit->first;
+  if (offset + size > high_water_ && !range_->commit(offset + size)) return nullptr;
   erase(by_offset_.find(offset));
   if (have > size) insert(offset + size, have - size);
   live_ += size;
@@ -65,7 +50,7 @@ void Arena::free(void* p, size_t bytes) {
 }
 
 std::vector<std::pair<void*, size_t>> Arena::take_free_pages() {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  constexpr size_t page = 4096;
   std::vector<std::pair<void*, size_t>> pages;
   for (const auto& [offset, size] : by_offset_) {
     const size_t from = (offset + page - 1) / page * page, to = std::min(offset + size, high_water_) / page * page;
@@ -76,10 +61,6 @@ std::vector<std::pair<void*, size_t>> Arena::take_free_pages() {
     if (offset + size == limit_) high_water_ = std::min(high_water_, offset);
   }
   return pages;
-}
-
-void Arena::give_back(const std::vector<std::pair<void*, size_t>>& pages) {
-  for (const auto& [p, bytes] : pages) madvise(p, bytes, MADV_DONTNEED);
 }
 
 }  // namespace limbeck

@@ -1,26 +1,27 @@
-// Device memory of the CPU backend: one reserved range of addresses, handed out best-fit and merged again when freed.
-// Used by one thread. Pages are the system's until they are touched, so the reservation itself costs nothing.
+// Device memory: one reserved range of addresses, handed out best-fit and merged again when freed. Used by one thread.
 #pragma once
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <set>
 #include <utility>
 #include <vector>
+
+#include "core/backend.h"
 
 namespace limbeck {
 
 class Arena {
  public:
-  explicit Arena(size_t limit);  // bytes; a multiple of the page size is reserved
-  ~Arena();
+  explicit Arena(std::unique_ptr<Range> range);
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   void* allocate(size_t bytes);  // 64-byte aligned; nullptr when there is no room
   void free(void* p, size_t bytes);
-  // Whole free pages, and forgets that they were used. Give them to give_back() once the stream has passed this point.
+  // Whole free pages, and forgets that they were used. Give them to the range once the stream has passed this point.
   std::vector<std::pair<void*, size_t>> take_free_pages();
-  static void give_back(const std::vector<std::pair<void*, size_t>>& pages);
+  Range& range() { return *range_; }
 
   size_t live() const { return live_; }
   size_t peak() const { return peak_; }
@@ -33,8 +34,9 @@ class Arena {
   void insert(size_t offset, size_t size);
   void erase(std::map<size_t, size_t>::iterator it);
 
-  char* base_ = nullptr;
-  size_t limit_ = 0, live_ = 0, peak_ = 0, high_water_ = 0;
+  std::unique_ptr<Range> range_;
+  char* base_;
+  size_t limit_, live_ = 0, peak_ = 0, high_water_ = 0;
   std::map<size_t, size_t> by_offset_;                 // offset -> size of each free block
   std::set<std::pair<size_t, size_t>> by_size_;        // (size, offset)
 };

@@ -1,12 +1,12 @@
 #include "core/engine.h"
 
-#include <chrono>
 #include <cstring>
+#include <utility>
 
 namespace limbeck {
 
 namespace {
-constexpr uint64_t kSlotMask = (1u << 24) - 1;
+constexpr uint64_t kSlotMask = (uint64_t{1} << kSlotBits) - 1, kGenerationMask = (uint64_t{1} << kGenerationBits) - 1;
 
 size_t bytes_of(const View& v) { return static_cast<size_t>(v.size()) * size_of(v.dtype); }
 
@@ -29,11 +29,17 @@ View view_of(DType dtype, const int64_t* dims, int rank) {
 }
 }  // namespace
 
-Engine::Engine(const EngineOptions& options) : options_(options), arena_(options.memory_limit), pool_(options.threads) {
-  for (int f = 0; f < options_.kernels->count; ++f) {
-    const KernelFamily& family = *options_.kernels->families[f];
-    for (int k = 0; k < family.count; ++k) kernels_.emplace(family.kernels[k].name, &family.kernels[k]);
-  }
+Engine::Graph::~Graph() {
+  for (const auto& [p, bytes] : blocks) engine.arena_.free(p, bytes);
+  for (Storage* s : used) engine.leave(s);
+}
+
+Engine::Engine(std::unique_ptr<Backend> backend, const EngineOptions& options)
+    : options_(options),
+      backend_(std::move(backend)),
+      arena_(backend_->reserve(options.memory_limit ? options.memory_limit : backend_->default_limit())) {
+  for (const KernelFamily* family : backend_->families())
+    for (int k = 0; k < family->count; ++k) kernels_.emplace(family->kernels[k].name, &family->kernels[k]);
   thread_ = std::thread([this] { loop(); });
 }
 
@@ -44,13 +50,27 @@ Engine::~Engine() {
   }
   wake_.notify_all();
   thread_.join();
+  backend_->drain();
+  queue_.clear();
+  graphs_.clear();
+  dropped_.clear();
+  recording_.reset();
   for (const Slot& s : slots_)
-    if (s.storage && --s.storage->users == 0) delete s.storage;
+    if (s.storage) leave(s.storage);
+}
+
+Handle Engine::handle_of(size_t index) const {
+  return (static_cast<Handle>(options_.device) << (kSlotBits + kGenerationBits)) | (static_cast<Handle>(slots_[index].generation) << kSlotBits) | (index + 1);
 }
 
 Engine::Slot& Engine::slot(Handle h, const char* op) {
   const size_t index = (h & kSlotMask) - 1;
-  if (h == 0 || index >= slots_.size() || slots_[index].generation != h >> 24 || !slots_[index].storage)
+  if (h != 0 && device_of(h) != options_.device)
+    throw Error(ErrorKind::device, "ERR_DEVICE",
+                std::string(op) + ": its tensors are on two devices, " + kDeviceNames[options_.device] + " and " + kDeviceNames[device_of(h)] +
+                    "; move one with toDevice()")
+        .in(op).wanted(kDeviceNames[options_.device]).got(kDeviceNames[device_of(h)]);
+  if (h == 0 || index >= slots_.size() || slots_[index].generation != ((h >> kSlotBits) & kGenerationMask) || !slots_[index].storage)
     throw Error(ErrorKind::disposed, "ERR_TENSOR_DISPOSED",
                 std::string(op) + ": a tensor was used after it was freed; keep it by returning it from its scope, or free it later").in(op);
   return slots_[index];
@@ -59,13 +79,48 @@ Engine::Slot& Engine::slot(Handle h, const char* op) {
 const View& Engine::at(Handle h, const char* op) const { return const_cast<Engine*>(this)->slot(h, op).view; }
 
 void* Engine::allocate(size_t bytes, const std::string& what) {
+  if (recording_) {
+    const auto fit = recording_->free.lower_bound(bytes);
+    if (fit != recording_->free.end() && fit->first < 2 * bytes + 4096) {
+      void* p = fit->second;
+      recording_->free.erase(fit);
+      return p;
+    }
+  }
   void* p = arena_.allocate(bytes);
+  if (!p && !dropped_.empty()) {
+    forget_graphs();
+    p = arena_.allocate(bytes);
+  }
   if (!p)
     throw Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY",
-                what + ": no room for " + mebibytes(bytes) + "; " + mebibytes(arena_.live()) + " of " + mebibytes(arena_.limit()) +
+                what + ": no room for " + mebibytes(bytes) + " on the " + kDeviceNames[options_.device] + "; " + mebibytes(arena_.live()) + " of " + mebibytes(arena_.limit()) +
                     " are in use. Use a smaller batch, shorter sequences or recompute, or raise the memory limit")
         .in(what).wanted(mebibytes(bytes)).got(mebibytes(arena_.limit() - arena_.live()) + " free");
+  if (recording_) recording_->blocks.emplace_back(p, bytes);
   return p;
+}
+
+// Free for the calls that come after this one: the stream is in order.
+void Engine::give_back(void* p, size_t bytes) {
+  if (!recording_) return arena_.free(p, bytes);
+  // A block of the recording may be larger than what was asked of it.
+  for (const auto& [block, size] : recording_->blocks)
+    if (block == p) return void(recording_->free.emplace(size, p));
+  arena_.free(p, bytes);
+}
+
+void Engine::leave(Storage* storage) {
+  if (--storage->users > 0) return;
+  if (!storage->graph) arena_.free(storage->data, storage->bytes);
+  else if (storage->graph == recording_) give_back(storage->data, storage->bytes);
+  delete storage;
+}
+
+// A recording keeps the tensors from before it that it uses.
+void Engine::use(Handle h) {
+  Storage* s = slots_[(h & kSlotMask) - 1].storage;
+  if (recording_ && s->graph != recording_ && recording_->used.insert(s).second) ++s->users;
 }
 
 Handle Engine::adopt(Storage* storage, const View& view) {
@@ -89,7 +144,7 @@ Handle Engine::create(DType dtype, const int64_t* dims, int rank) {
   View v = view_of(dtype, dims, rank);
   const size_t bytes = bytes_of(v);
   v.data = allocate(bytes, "tensor");
-  return adopt(new Storage{v.data, bytes, 0}, v);
+  return adopt(new Storage{v.data, bytes, 0, recording_}, v);
 }
 
 Handle Engine::view(Handle of, int64_t offset, const int64_t* dims, int rank) {
@@ -104,43 +159,36 @@ Handle Engine::view(Handle of, int64_t offset, const int64_t* dims, int rank) {
 
 void Engine::release(Handle h) {
   Slot& s = slot(h, "dispose");
-  if (--s.storage->users == 0) {
-    arena_.free(s.storage->data, s.storage->bytes);
-    delete s.storage;
-  }
+  leave(s.storage);
   s.storage = nullptr;
-  s.generation = (s.generation + 1) & 0xfffffff;  // 24 + 28 bits stay exact in a JavaScript number
+  s.generation = (s.generation + 1) & kGenerationMask;
   if (s.generation == 0) s.generation = 1;
   --live_tensors_;
   free_slots_.push_back(static_cast<uint32_t>((h & kSlotMask) - 1));
 }
 
-int Engine::define(Signature signature) {
-  auto op = std::make_unique<Op>();
-  op->signature = std::move(signature);
-  ops_.push_back(std::move(op));
-  return static_cast<int>(ops_.size()) - 1;
-}
-
-void Engine::call(int op_number, const Handle* in, const double* scalars, const OutputRequest* requests, Handle* out) {
-  Op& op = *ops_.at(static_cast<size_t>(op_number));
-  const Signature& sig = op.signature;
-  if (!op.kernel) {
+void Engine::call(int op_number, const Signature& sig, const Handle* in, const double* scalars, const OutputRequest* requests, Handle* out) {
+  const size_t number = static_cast<size_t>(op_number);
+  if (number >= ops_.size()) ops_.resize(number + 1);
+  if (!ops_[number]) {
     const auto it = kernels_.find(sig.op);
     if (it == kernels_.end())
-      throw Error(ErrorKind::device, "ERR_NO_KERNEL", sig.op + ": the CPU backend has no kernel of this name").in(sig.op);
-    op.kernel = it->second;
+      throw Error(ErrorKind::device, "ERR_NO_KERNEL", sig.op + ": the " + backend_->name() + " backend has no kernel of this name").in(sig.op);
+    ops_[number] = std::make_unique<Op>();
+    ops_[number]->signature = &sig;
+    ops_[number]->kernel = it->second;
   }
+  Op& op = *ops_[number];
   auto command = std::make_unique<Command>();
   command->kind = Command::kernel;
   command->op = &op;
   Call& c = command->call;
   c.op = sig.op.c_str();
-  c.threads = &pool_;
+  backend_->prepare(c);
   for (size_t i = 0; i < sig.in.size(); ++i)
-    if (in[i]) c.in[i] = at(in[i], c.op);
+    if (in[i]) c.in[i] = at(in[i], c.op), use(in[i]);
   for (size_t i = 0; i < sig.scalars.size(); ++i) c.scalar[i] = scalars[i];
-  sig.bind(c, false);
+  sig.bind(c, backend_->computes_bf16());
 
   std::vector<Handle> made;  // undone when a later allocation fails
   try {
@@ -161,6 +209,7 @@ void Engine::call(int op_number, const Handle* in, const double* scalars, const 
           if (requests[i].accumulate && !sig.out[i].accumulates)
             throw Error(ErrorKind::internal, "ERR_ACCUMULATE", sig.op + ": output " + sig.out[i].name + " cannot accumulate").in(sig.op).on(sig.out[i].name);
           out[i] = requests[i].handle;
+          use(out[i]);
           v.data = given.data;
           c.accumulate[i] = requests[i].accumulate;
           break;
@@ -173,8 +222,7 @@ void Engine::call(int op_number, const Handle* in, const double* scalars, const 
     for (Handle h : made) release(h);
     throw;
   }
-  // Free for the calls that come after this one: the stream is in order.
-  if (c.workspace) arena_.free(c.workspace, c.workspace_bytes);
+  if (c.workspace) give_back(c.workspace, c.workspace_bytes);
   enqueue(std::move(command));
 }
 
@@ -182,12 +230,13 @@ void Engine::write(Handle h, const void* data, size_t bytes) {
   Slot& s = slot(h, "write");
   if (bytes != bytes_of(s.view))
     throw Error(ErrorKind::shape, "ERR_SHAPE", "write: " + std::to_string(bytes) + " bytes given for a tensor of " + std::to_string(bytes_of(s.view))).in("write");
-  if (pending_.load(std::memory_order_acquire) == 0) {
-    std::memcpy(s.view.data, data, bytes);
+  use(h);
+  if (!recording_ && backend_->writes_at_once() && pending_.load(std::memory_order_acquire) == 0) {
+    backend_->write(s.view.data, data, bytes);
     return;
   }
   auto command = std::make_unique<Command>();
-  command->kind = Command::copy;
+  command->kind = Command::write;
   command->staged = std::make_unique_for_overwrite<char[]>(bytes);
   std::memcpy(command->staged.get(), data, bytes);
   command->from = command->staged.get();
@@ -200,8 +249,11 @@ void Engine::read(Handle h, void* to, size_t bytes, Done done) {
   Slot& s = slot(h, "read");
   if (bytes != bytes_of(s.view))
     throw Error(ErrorKind::shape, "ERR_SHAPE", "read: room for " + std::to_string(bytes) + " bytes given, the tensor has " + std::to_string(bytes_of(s.view))).in("read");
+  if (recording_)
+    throw Error(ErrorKind::config, "ERR_GRAPH_READ",
+                "read: a value was read while a graph was being recorded, when nothing has run yet; return the tensor and read it after replay()").in("read");
   auto command = std::make_unique<Command>();
-  command->kind = Command::copy;
+  command->kind = Command::read;
   command->from = s.view.data;
   command->to = to;
   command->bytes = bytes;
@@ -210,15 +262,50 @@ void Engine::read(Handle h, void* to, size_t bytes, Done done) {
 }
 
 void Engine::sync(Done done) {
+  if (recording_)
+    throw Error(ErrorKind::config, "ERR_GRAPH_READ", "sync: a graph is being recorded, when nothing has run yet; wait after replay()").in("sync");
   auto command = std::make_unique<Command>();
   command->kind = Command::done;
   command->done_fn = std::move(done);
   enqueue(std::move(command));
 }
 
+void Engine::capture() {
+  if (recording_) throw Error(ErrorKind::config, "ERR_GRAPH", "graph: one is being recorded already; graphs cannot be nested").in("graph");
+  recording_ = std::make_shared<Graph>(*this);
+}
+
+int Engine::captured() {
+  graphs_.emplace(++last_graph_, std::move(recording_));
+  recording_ = nullptr;
+  return last_graph_;
+}
+
+void Engine::replay(int graph) {
+  if (recording_) throw Error(ErrorKind::config, "ERR_GRAPH", "graph: replay() was called while another graph was being recorded").in("graph");
+  auto command = std::make_unique<Command>();
+  command->kind = Command::graph;
+  command->replayed = graphs_.at(graph);
+  enqueue(std::move(command));
+}
+
+// Replays may be under way and tensors may lie in it. The graph goes when nothing else holds it, on this thread like all bookkeeping.
+void Engine::drop(int graph) {
+  const auto it = graphs_.find(graph);
+  if (it == graphs_.end()) return;
+  dropped_.push_back(std::move(it->second));
+  graphs_.erase(it);
+  forget_graphs();
+}
+
+void Engine::forget_graphs() {
+  std::erase_if(dropped_, [](const std::shared_ptr<Graph>& g) { return g.use_count() == 1; });
+}
+
 void Engine::clear_fault() { ++epoch_; }
 
 void Engine::enqueue(std::unique_ptr<Command> command) {
+  if (recording_) return recording_->commands.push_back(std::move(command));
   command->epoch = epoch_;
   pending_.fetch_add(1, std::memory_order_relaxed);
   {
@@ -245,23 +332,13 @@ void Engine::loop() {
 
 void Engine::execute(Command& command) {
   const bool skip = fault_ && command.epoch <= fault_epoch_;
-  if (!skip && fault_) fault_.reset();
+  if (!skip && fault_) {
+    fault_.reset();
+    backend_->clear_fault();
+  }
   if (!skip) {
     try {
-      if (command.kind == Command::copy) {
-        std::memcpy(command.to, command.from, command.bytes);
-      } else if (command.kind == Command::kernel) {
-        if (!profiling_.load(std::memory_order_relaxed)) {
-          command.op->kernel->run(command.call);
-        } else {
-          const auto start = std::chrono::steady_clock::now();
-          command.op->kernel->run(command.call);
-          const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-          std::lock_guard lock(profile_mutex_);
-          ++command.op->count;
-          command.op->seconds += took.count();
-        }
-      }
+      perform(command);
     } catch (const Error& e) {
       fault_ = std::make_unique<Error>(e);
     } catch (const std::exception& e) {
@@ -272,18 +349,46 @@ void Engine::execute(Command& command) {
   if (command.done_fn) command.done_fn(fault_.get());
 }
 
-MemoryReport Engine::memory() const {
+void Engine::perform(Command& command) {
+  switch (command.kind) {
+    case Command::kernel:
+      if (!profiling_.load(std::memory_order_relaxed)) return backend_->run(*command.op->kernel, command.call);
+      {
+        const double seconds = backend_->time(*command.op->kernel, command.call);
+        std::lock_guard lock(profile_mutex_);
+        ++command.op->count;
+        command.op->seconds += seconds;
+      }
+      return;
+    case Command::write: return backend_->write(command.to, command.from, command.bytes);
+    case Command::read: return backend_->read(command.to, command.from, command.bytes, std::exchange(command.done_fn, nullptr));
+    case Command::done: return backend_->sync(std::exchange(command.done_fn, nullptr));
+    case Command::graph: break;
+  }
+  Graph& graph = *command.replayed;
+  const bool apart = profiling_.load(std::memory_order_relaxed);  // kernel by kernel
+  if (graph.compiled && !apart) return backend_->replay(graph.compiled.get());
+  const bool first = !graph.ran && !apart;
+  graph.ran = graph.ran || first;
+  if (first) backend_->capture();
+  for (const auto& recorded : graph.commands) perform(*recorded);
+  if (first && (graph.compiled = backend_->captured())) backend_->replay(graph.compiled.get());
+}
+
+MemoryReport Engine::memory() {
+  forget_graphs();
   return {arena_.live(), arena_.peak(), arena_.reserved(), arena_.limit(), live_tensors_};
 }
 
 void Engine::trim() {
-  sync([pages = arena_.take_free_pages()](const Error*) { Arena::give_back(pages); });
+  sync([pages = arena_.take_free_pages(), &range = arena_.range()](const Error*) { range.give_back(pages); });
 }
 
 void Engine::profile(bool on) {
   std::lock_guard lock(profile_mutex_);
   if (on)
-    for (auto& op : ops_) op->count = 0, op->seconds = 0;
+    for (auto& op : ops_)
+      if (op) op->count = 0, op->seconds = 0;
   profiling_ = on;
 }
 
@@ -291,7 +396,7 @@ std::vector<OpProfile> Engine::profiled() {
   std::lock_guard lock(profile_mutex_);
   std::vector<OpProfile> all;
   for (auto& op : ops_)
-    if (op->count) all.push_back({op->signature.op, op->count, op->seconds});
+    if (op && op->count) all.push_back({op->signature->op, op->count, op->seconds});
   return all;
 }
 

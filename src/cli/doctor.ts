@@ -76,11 +76,7 @@ async function examine(): Promise<Examination> {
             ok('cpu', `instruction set ${info.cpu.isa || 'unknown'} of ${info.cpu.compiled.join(', ')}`),
             ok('threads', `${info.cpu.threads}${threads}`),
             ok('matrix products', info.cpu.blas),
-            {
-              name: 'cuda',
-              value: info.cuda.available ? 'available' : info.cuda.reason,
-              state: info.cuda.available ? 'ok' : 'absent',
-            } as const,
+            ...cuda(info.cuda),
           ]
         : [
             {
@@ -99,6 +95,21 @@ async function examine(): Promise<Examination> {
     ]),
   } satisfies Record<string, readonly Finding[]>;
   return { ok: info !== undefined, sections };
+}
+
+/** The GPU, and the libraries that its backend opens at run time. */
+function cuda({ available, reason, driver, devices, libraries }: BackendInfo['cuda']): Finding[] {
+  if (!available) return [{ name: 'cuda', value: reason, state: 'absent' }];
+  return [
+    { name: 'cuda driver', value: driver, state: 'ok' },
+    ...devices.map(({ name, architecture, memory }, i): Finding => {
+      return { name: `gpu ${i}`, value: `${name}, compute capability ${architecture}, ${bytes(memory)}`, state: 'ok' };
+    }),
+    ...libraries.map(({ name, path, version, lookedIn }): Finding => {
+      if (path !== '') return { name, value: `${version} (${path})`, state: 'ok' };
+      return { name, value: `not found; looked in\n${lookedIn.join('\n')}`, state: 'absent' };
+    }),
+  ];
 }
 
 async function library(name: string): Promise<Finding> {

@@ -1,5 +1,6 @@
-// The native engine of this JavaScript thread: started on first use, talked to through one shared array of numbers.
-import { availableParallelism, totalmem } from 'node:os';
+// The native engines of this JavaScript thread, one for each device: started on first use, talked to through one shared array of numbers.
+import { availableParallelism } from 'node:os';
+import { cudaReady } from './cuda.ts';
 import {
   ConfigError,
   DataError,
@@ -13,13 +14,21 @@ import {
 } from './errors.ts';
 import { loadNative, type NativeAddon } from './native.ts';
 
+/** Where tensors live. The number of a device in the native core is its place here. */
+export const devices = ['cpu', 'cuda'] as const;
+export type Device = (typeof devices)[number];
+
 export interface EngineOptions {
-  /** Threads that compute, the stream's own included. Default: the cores this process may use. */
-  threads?: number;
-  /** Most bytes that tensors may take together. Default: the machine's memory. */
+  /** Where tensors are made from now on. Default `cpu`. */
+  device?: Device;
+  /** Most bytes that tensors may take together. Default: the machine's memory, or the GPU's that is free. */
   memoryLimit?: number;
-  /** Instruction set to use: `generic`, `avx2`, `avx512`, `neon`. Default: the best this machine has, or `LIMBECK_ISA`. */
+  /** CPU: threads that compute, the stream's own included. Default: the cores this process may use. */
+  threads?: number;
+  /** CPU: instruction set to use: `generic`, `avx2`, `avx512`, `neon`. Default: the best this machine has, or `LIMBECK_ISA`. */
   isa?: string;
+  /** CUDA: the GPU's number. Default 0. */
+  gpu?: number;
 }
 
 /** Arguments and results of native calls; twin of kIoSlots in addon.cpp. */
@@ -28,43 +37,83 @@ export const io = new Float64Array(256);
 export const outputSlots = 9;
 
 let addon: NativeAddon | undefined;
+let current: Device = 'cpu';
+const running = new Set<Device>();
 
 /**
- * Starts the engine of this thread with options; without it the first tensor starts it with defaults.
+ * Starts an engine of this thread with options, on the device where tensors are made from now on; without it the first tensor
+ * starts the CPU's with defaults.
  * @throws ConfigError `ERR_STARTED` when it runs already, or when a value makes no sense.
+ * @throws DeviceError when there is no such device: `ERR_NO_CUDA` says what is missing.
  */
 export function init(options: EngineOptions = {}): void {
-  const threads = options.threads ?? availableParallelism();
-  if (!Number.isInteger(threads) || threads < 1 || threads > 1024) {
-    throw new ConfigError(`init: threads is ${threads}; give a whole number from 1 to 1024`, {
-      code: 'ERR_CONFIG',
-      op: 'init',
-      argument: 'threads',
-      expected: '1 to 1024',
-      actual: String(threads),
-    });
-  }
+  const { device = 'cpu' } = options;
+  start(device, options);
+  current = device;
+}
+
+function start(device: Device, { threads = availableParallelism(), memoryLimit = 0, isa = '', gpu = 0 }: EngineOptions): void {
+  check('threads', threads, 1, 1024);
+  check('gpu', gpu, 0, 63);
   const loaded = loadNative();
   try {
-    loaded.start(io, threads, options.memoryLimit ?? totalmem(), options.isa ?? '');
+    if (device === 'cpu') loaded.start(io, 0, memoryLimit, threads, isa);
+    else loaded.start(io, devices.indexOf(device), memoryLimit, cudaReady(), gpu);
   } catch (error) {
     throw typed(error);
   }
+  running.add(device);
   addon = loaded;
 }
 
-/** The running engine; starts it when needed. */
+function check(argument: string, value: number, from: number, to: number): void {
+  if (Number.isInteger(value) && value >= from && value <= to) return;
+  throw new ConfigError(`init: ${argument} is ${value}; give a whole number from ${from} to ${to}`, {
+    code: 'ERR_CONFIG',
+    op: 'init',
+    argument,
+    expected: `${from} to ${to}`,
+    actual: String(value),
+  });
+}
+
+/** The native core, with the engine of the current device running. */
 export function native(): NativeAddon {
-  if (addon === undefined) init();
+  if (!running.has(current)) start(current, {});
   return addon!;
+}
+
+/** Where tensors are made now. */
+export function currentDevice(): Device {
+  return current;
+}
+
+/** The number of the current device in the native core. @internal */
+export function deviceNumber(): number {
+  return devices.indexOf(current);
+}
+
+/**
+ * Runs `f` with tensors made on `device`; starts its engine with defaults where needed. `f` must not be async. An op runs where its
+ * tensors are, whatever the current device.
+ */
+export function withDevice<T>(device: Device, f: () => T): T {
+  const outer = current;
+  current = device;
+  try {
+    native();
+    return f();
+  } finally {
+    current = outer;
+  }
 }
 
 /** Counts engines of this thread: what was defined in one is unknown to the next. @internal */
 export let engineNumber = 0;
 
 /**
- * Stops the engine of this thread and frees every tensor in it; the next tensor starts a new one. For tests and for changing
- * options of {@link init}.
+ * Stops the engines of this thread and frees every tensor in them; the next tensor starts a new one, on the CPU. For tests and for
+ * changing options of {@link init}.
  * @throws ConfigError `ERR_BUSY` while reads are pending.
  */
 export function shutdown(): void {
@@ -75,12 +124,14 @@ export function shutdown(): void {
     throw typed(error);
   }
   addon = undefined;
+  running.clear();
+  current = 'cpu';
   engineNumber++;
 }
 
-/** Whether the engine of this thread was started. */
+/** Whether an engine of this thread was started. */
 export function started(): boolean {
-  return addon !== undefined;
+  return running.size > 0;
 }
 
 const classes = {
@@ -111,10 +162,11 @@ export function typed(error: unknown): unknown {
   return new classes[e.kind](e.message, e);
 }
 
-/** Resolves when all work called so far is done; rejects with what stopped it. */
+/** Resolves when all work called so far is done, on every device; rejects with what stopped it. */
 export async function sync(): Promise<void> {
   try {
-    await native().sync();
+    const core = native();
+    await Promise.all([...running].map((device) => core.sync(devices.indexOf(device))));
   } catch (error) {
     throw typed(error);
   }
@@ -133,19 +185,23 @@ export interface MemoryReport {
   readonly tensors: number;
 }
 
-/** Memory of this thread's engine, without waiting for it. */
-export function memory(): MemoryReport {
-  return addon === undefined ? { live: 0, peak: 0, reserved: 0, limit: 0, tensors: 0 } : addon.memory();
+/**
+ * Memory of one of this thread's engines, without waiting for it.
+ * @param device default: the current one
+ */
+export function memory(device: Device = current): MemoryReport {
+  if (addon === undefined) return { live: 0, peak: 0, reserved: 0, limit: 0, tensors: 0 };
+  return addon.memory(devices.indexOf(device));
 }
 
-/** Makes `memory().peak` count from now on. */
+/** Makes `memory().peak` of the current device count from now on. */
 export function resetPeak(): void {
-  native().resetPeak();
+  native().resetPeak(deviceNumber());
 }
 
-/** Gives memory that is free now back to the system, once the work before this call is done. */
+/** Gives the current device's memory that is free now back to the system, once the work before this call is done. */
 export function trim(): void {
-  native().trim();
+  native().trim(deviceNumber());
 }
 
 /** Time by op, for finding what a step spends. */
@@ -155,20 +211,20 @@ export interface OpTime {
   readonly seconds: number;
 }
 
-/** Measures every kernel that `f` enqueues. Times are wall time on the stream's thread. */
+/** Measures every kernel that `f` enqueues on the current device. Times are those of the device, each kernel awaited. */
 export async function profile(f: () => unknown): Promise<OpTime[]> {
   await sync();
-  native().profile(true);
+  native().profile(deviceNumber(), true);
   try {
     await f();
     await sync();
     const merged = new Map<string, OpTime>();
-    for (const { op, count, seconds } of native().profiled()) {
+    for (const { op, count, seconds } of native().profiled(deviceNumber())) {
       const had = merged.get(op);
       merged.set(op, { op, count: count + (had?.count ?? 0), seconds: seconds + (had?.seconds ?? 0) });
     }
     return [...merged.values()].sort((a, b) => b.seconds - a.seconds);
   } finally {
-    native().profile(false);
+    native().profile(deviceNumber(), false);
   }
 }

@@ -1,5 +1,6 @@
 // What limbeck runs on.
 import { availableParallelism, cpus, freemem, totalmem } from 'node:os';
+import { type CudaProbe, cudaLibrary, probeCuda } from './cuda.ts';
 import { libc, loadNative, nativePath } from './native.ts';
 import { packageVersion } from './version.ts';
 
@@ -26,7 +27,10 @@ export interface BackendInfo {
     /** What plain matrix products run on. */
     readonly blas: string;
   };
-  readonly cuda: { readonly available: boolean; readonly reason: string };
+  readonly cuda: CudaProbe & {
+    readonly available: boolean /** Where the backend's library is; empty without one. */;
+    readonly path: string;
+  };
   /** Bytes of the machine. */
   readonly memory: { readonly total: number; readonly free: number };
   readonly native: { readonly path: string; readonly compiler: string };
@@ -38,6 +42,7 @@ export interface BackendInfo {
  */
 export function backendInfo(): BackendInfo {
   const native = loadNative().info();
+  const cuda = probeCuda();
   return {
     limbeck: packageVersion(),
     node: process.version,
@@ -53,7 +58,7 @@ export function backendInfo(): BackendInfo {
       compiled: native.compiled,
       blas: native.blas,
     },
-    cuda: { available: false, reason: 'this version has no CUDA backend' },
+    cuda: { available: cuda.reason === '', path: cudaLibrary() ?? '', ...cuda },
     memory: { total: totalmem(), free: freemem() },
     native: { path: nativePath(), compiler: native.compiler },
   };

@@ -6,7 +6,7 @@ import { DeviceError } from './errors.ts';
 import { packageVersion, packageRoot as root } from './version.ts';
 
 /** Twin of kAbi in native/binding/addon.cpp: raised when the meaning of a function or of the shared array changes. */
-export const abi = 1;
+export const abi = 2;
 
 /** A tensor's number in the native engine; 0 is none. */
 export type Handle = number;
@@ -26,28 +26,37 @@ export interface TensorDefinition {
   readonly optional: boolean;
   readonly inPlace: boolean;
   readonly accumulates: boolean;
+  /** Whether it is f32 whatever the call computes in. */
+  readonly f32: boolean;
 }
 
 /** What the addon exports. Shapes and the arguments of `call` travel in the array given to `start`. */
 export interface NativeAddon {
   readonly abi: number;
-  start(io: Float64Array, threads: number, memoryLimit: number, isa: string): void;
+  /** Starts a device's engine: `threads, isa` for the CPU (0), `library, number` for another. A limit of 0 is the device's default. */
+  start(io: Float64Array, device: number, memoryLimit: number, a: number | string, b: number | string): void;
   stop(): void;
   define(signature: string): OpDefinition;
   call(op: number): void;
-  create(dtype: number, rank: number): Handle;
+  create(device: number, dtype: number, rank: number): Handle;
   view(of: Handle, offset: number, rank: number): Handle;
   release(handle: Handle): void;
   write(handle: Handle, data: ArrayBufferView): void;
   read<T extends ArrayBufferView>(handle: Handle, into: T): Promise<T>;
-  sync(): Promise<void>;
-  memory(): { live: number; peak: number; reserved: number; limit: number; tensors: number };
-  resetPeak(): void;
-  trim(): void;
-  profile(on: boolean): void;
-  profiled(): { op: string; count: number; seconds: number }[];
-  /** `isa` and `threads` are those of the running engine, or those it would start with. */
-  info(): { compiled: string[]; isa?: string; threads?: number; blas: string; compiler: string };
+  sync(device: number): Promise<void>;
+  memory(device: number): { live: number; peak: number; reserved: number; limit: number; tensors: number };
+  resetPeak(device: number): void;
+  trim(device: number): void;
+  profile(device: number, on: boolean): void;
+  profiled(device: number): { op: string; count: number; seconds: number }[];
+  capture(device: number): void;
+  captured(device: number): number;
+  replay(device: number, graph: number): void;
+  drop(device: number, graph: number): void;
+  /** What a backend library says of this machine, as JSON. */
+  probe(library: string): string;
+  /** `isa` and `threads` are those of the running engine, or those it would start with; `cuda` is there while that engine runs. */
+  info(): { compiled: string[]; isa?: string; threads?: number; cuda?: string; blas: string; compiler: string };
 }
 
 /** The C library of this process on Linux, such as `glibc 2.36` or `musl`; empty elsewhere. */

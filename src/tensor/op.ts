@@ -180,7 +180,9 @@ function callBackward(
   const requests = wanted.map((t, i): Request => {
     if (t === undefined) return 'skip';
     // The same tensor given twice (mul(x, x)): the second gradient is added by put().
-    if (!info.outputs[i]!.accumulates || seen.has(t)) return 'new';
+    // Gradients of parameters are f32: one that is made in bf16 is converted by put().
+    const fits = t.sink === undefined || t.dtype === 'f32' || info.outputs[i]!.f32;
+    if (!info.outputs[i]!.accumulates || !fits || seen.has(t)) return 'new';
     seen.add(t);
     const target = gradients.target(t);
     return target === undefined ? 'new' : { into: target.tensor, accumulate: target.accumulate };

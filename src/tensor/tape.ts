@@ -1,9 +1,10 @@
 // The tape: what was called, and how each call's gradient is made. First order only.
-import { native, typed } from './engine.ts';
+import type { DType } from './dtype.ts';
+import { typed } from './engine.ts';
 import { LimbeckError, ShapeError } from './errors.ts';
 import { kernel, launch } from './kernel.ts';
 import { scope } from './scope.ts';
-import { addUse, releaseUse, type Tensor, unscoped, unscopedEmpty } from './tensor.ts';
+import { addUse, releaseUse, type Tensor, unscoped, unscopedLike } from './tensor.ts';
 
 /** One recorded call. */
 export interface TapeNode {
@@ -67,8 +68,7 @@ export class Gradients {
   get(t: Tensor): Tensor | undefined {
     const entry = this.entries.get(t);
     if (entry !== 'unit') return entry;
-    const one = addUse(unscopedEmpty(t.shape));
-    native().write(one.handle, new Float32Array(t.size).fill(1));
+    const one = ones(t);
     this.entries.set(t, one);
     return one;
   }
@@ -84,7 +84,7 @@ export class Gradients {
     const own = this.get(t)!;
     if (own.uses === 1) return { tensor: own, accumulate: true };
     // Shared with another entry by an alias: take a copy before adding to it.
-    const mine = addUse(unscopedEmpty(t.shape));
+    const mine = addUse(unscopedLike(t, own.dtype));
     addInto(own, mine, false);
     this.drop(t);
     this.entries.set(t, mine);
@@ -100,12 +100,10 @@ export class Gradients {
   put(t: Tensor, gradient: Tensor | 'unit'): void {
     const target = t.sink !== undefined || this.entries.has(t) ? this.target(t) : undefined;
     if (target === undefined) {
-      if (gradient !== 'unit') addUse(gradient);
-      this.entries.set(t, gradient);
+      this.entries.set(t, gradient === 'unit' ? gradient : as(gradientDType(t), gradient));
       return;
     }
-    const from = gradient === 'unit' ? addUse(unscopedEmpty(t.shape)) : addUse(gradient);
-    if (gradient === 'unit') native().write(from.handle, new Float32Array(t.size).fill(1));
+    const from = gradient === 'unit' ? ones(t) : as(target.tensor.dtype, gradient);
     addInto(from, target.tensor, target.accumulate);
     releaseUse(from);
     this.wrote(t);
@@ -129,9 +127,29 @@ export class Gradients {
 }
 
 const copy = kernel('copy(x[*]) -> y[*]+');
+const toF32 = kernel('to_f32(x[*]:float) -> y[*]:f32');
+const toBf16 = kernel('to_bf16(x[*]:float) -> y[*]:bf16');
+const fill = kernel('fill(x[*]&, value) -> ');
 
 function addInto(from: Tensor, into: Tensor, accumulate: boolean): void {
   launch(copy, [from], [{ into, accumulate }], unscoped);
+}
+
+/** Gradients of parameters are f32, and so is everything on the CPU; elsewhere a gradient has the dtype of what it belongs to. */
+function gradientDType(t: Tensor): DType {
+  return t.sink !== undefined || t.device === 'cpu' ? 'f32' : t.dtype;
+}
+
+/** A use of `gradient` in a dtype. */
+function as(dtype: DType, gradient: Tensor): Tensor {
+  if (gradient.dtype === dtype) return addUse(gradient);
+  return addUse(launch(dtype === 'f32' ? toF32 : toBf16, [gradient], ['new'], unscoped)[0]!);
+}
+
+function ones(t: Tensor): Tensor {
+  const one = addUse(unscopedLike(t, gradientDType(t)));
+  launch(fill, [one, 1], [], unscoped);
+  return one;
 }
 
 /** Records what `f` calls; `walk` or `drop` must follow. */

@@ -1,5 +1,5 @@
 import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './dtype.ts';
-import { io, native, typed } from './engine.ts';
+import { type Device, deviceNumber, devices, io, native, typed, withDevice } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
 import type { Recipe } from './saved.ts';
 import { track, untrack } from './scope.ts';
@@ -31,6 +31,11 @@ export class Tensor {
     this.handle = handle;
     this.dtype = dtype;
     this.shape = shape;
+  }
+
+  /** Where it lives. */
+  get device(): Device {
+    return devices[this.handle >= 2 ** 52 ? 1 : 0];
   }
 
   /** Number of elements. */
@@ -131,10 +136,13 @@ export function adopt(handle: number, dtype: DType, shape: readonly number[]): T
   return t;
 }
 
-/** @internal An f32 tensor that belongs to nobody's scope. */
-export function unscopedEmpty(shape: readonly number[]): Tensor {
-  dimsToIo(shape);
-  return unscoped(native().create(0, shape.length), 'f32', shape);
+/** @internal A tensor beside `t` that belongs to nobody's scope. */
+export function unscopedLike(t: Tensor, dtype: DType): Tensor {
+  return withDevice(t.device, () => {
+    const engine = native();
+    dimsToIo(t.shape);
+    return unscoped(engine.create(deviceNumber(), dtypes.indexOf(dtype), t.shape.length), dtype, t.shape);
+  });
 }
 
 function dimsToIo(shape: readonly number[]): void {
@@ -160,7 +168,7 @@ export function empty(shape: readonly number[], dtype: DType = 'f32'): Tensor {
   try {
     const engine = native();
     dimsToIo(shape);
-    return adopt(engine.create(dtypes.indexOf(dtype), shape.length), dtype, [...shape]);
+    return adopt(engine.create(deviceNumber(), dtypes.indexOf(dtype), shape.length), dtype, [...shape]);
   } catch (error) {
     throw typed(error);
   }
@@ -251,13 +259,19 @@ export async function readAs<D extends DType>(t: Tensor, dtype: D): Promise<Arra
   return (await t.read()) as ArrayOf[D];
 }
 
+/** A copy of `t` on another device, once the work before has run; the caller frees both. */
+export async function toDevice(t: Tensor, device: Device): Promise<Tensor> {
+  const data = await t.read();
+  return withDevice(device, () => tensor(data, t.shape, t.dtype));
+}
+
 /**
  * Makes a tensor trainable: {@link valueAndGrad} adds its gradient to `t.grad`, or to `gradient` where given.
  * @returns `t` itself.
  */
 export function parameter(t: Tensor, gradient?: Tensor): Tensor {
   if (t.sink !== undefined) return t;
-  const into = gradient ?? unscopedEmpty(t.shape);
+  const into = gradient ?? unscopedLike(t, 'f32');
   into.held = true;
   t.sink = { tensor: addUse(into), owned: gradient === undefined, written: false };
   t.tracked = true;
