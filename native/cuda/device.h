@@ -6,6 +6,7 @@
 namespace limbeck::cuda {
 
 class Blas;
+struct Fault;
 
 struct Device {
   int number = 0;
@@ -15,6 +16,7 @@ struct Device {
   size_t shared_per_block = 0;   // bytes a block may opt in to
   cudaStream_t stream = nullptr; // what kernels are launched on
   Blas* blas = nullptr;          // matrix products (blas.h)
+  Fault* fault = nullptr;        // where kernels report bad data (fault.h)
 };
 
 inline const Device& device_of(const Call& call) { return *static_cast<const Device*>(call.device); }
