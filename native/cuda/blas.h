@@ -1,5 +1,6 @@
 // Matrix products on the GPU: cuBLASLt, opened at run time; in emulation, plain loops.
 #pragma once
+#include <memory>
 #include <string>
 
 #include "core/view.h"
@@ -35,5 +36,8 @@ class Blas {
   virtual size_t workspace_bytes() const = 0;
   virtual std::string version() const = 0;
 };
+
+// The device's products. A missing library is an error of the first product, not of this.
+std::unique_ptr<Blas> open_blas(const Device& device);
 
 }  // namespace limbeck::cuda

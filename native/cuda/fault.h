@@ -24,6 +24,7 @@ struct FaultCheck {
   const char* op;
   int64_t limit;  // the values that are right lie below
 
+#if defined(__CUDACC__) || defined(LIMBECK_EMULATE)
   __device__ void refuse(int64_t position, int32_t value) const {
     const unsigned long long key = static_cast<unsigned long long>(position) << 32 | static_cast<uint32_t>(value);
     atomicMin(&fault->key, key);
@@ -32,6 +33,7 @@ struct FaultCheck {
     atomicExch(&fault->limit, static_cast<unsigned long long>(limit));
     __threadfence_system();
   }
+#endif
 };
 
 // The typed error of a fault that was reported.
