@@ -51,7 +51,7 @@ template <class... Parameter, class... Argument>
 void launch(const Call& call, const Grid& grid, void (*kernel)(Parameter...), Argument&&... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
 #ifdef LIMBECK_EMULATE
-  emulate::run(call.op, grid.blocks, grid.threads, grid.shared, grid.cluster, [&] { kernel(static_cast<Parameter>(args)...); });
+  emulate::run(call, grid.blocks, grid.threads, grid.shared, grid.cluster, [&] { kernel(static_cast<Parameter>(args)...); });
 #else
   if (grid.shared > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)), call.op);
