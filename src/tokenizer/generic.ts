@@ -1,7 +1,8 @@
 // Every tokenizer.json that the native encoder does not cover: normalizers, SentencePiece-style BPE, Unigram, WordPiece.
 
+import { createRequire } from 'node:module';
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import { Tokenizer as Pipeline } from '@huggingface/tokenizers';
+import type { Tokenizer as Pipeline } from '@huggingface/tokenizers';
 import { DataError, FormatError } from '../tensor/errors.ts';
 import { checkIds } from './alphabet.ts';
 import { saveTokenizer, type TokenizerFile } from './file.ts';
@@ -103,7 +104,9 @@ function build(file: TokenizerFile, json: object): Pipeline {
   return guarded(file, () => {
     // The reader insists on these entries, though null is their usual value.
     const complete = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null, added_tokens: [], ...json };
-    return new Pipeline(complete, { ...file.config, clean_up_tokenization_spaces: false });
+    // Loaded at first use: most files never need it.
+    const { Tokenizer } = createRequire(import.meta.url)('@huggingface/tokenizers') as typeof import('@huggingface/tokenizers');
+    return new Tokenizer(complete, { ...file.config, clean_up_tokenization_spaces: false });
   });
 }
 

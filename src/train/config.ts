@@ -1,259 +1,25 @@
-// What a run is: one zod schema gives the checks, the defaults, the TypeScript types and the JSON Schema for editors.
+// A run: read from a file, checked, with every default filled in.
 
 import { readFile } from 'node:fs/promises';
 import { dirname, extname, isAbsolute, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import { z } from 'zod';
+import type { z } from 'zod';
 import { ConfigError, LimbeckError } from '../tensor/errors.ts';
 import { describeFields, explain } from './issues.ts';
-
-const positive = () => z.number().gt(0);
-const count = () => z.int().min(1);
-const share = () => z.number().min(0).max(1);
-const paths = () => z.union([z.string().min(1), z.array(z.string().min(1)).min(1)]);
-
-const tokenizerSchema = z.union([
-  z.string().min(1),
-  z.strictObject({
-    train: z
-      .strictObject({
-        vocabSize: z.int().min(260).describe('Entries of the vocabulary, the 256 bytes and the special tokens included.'),
-        specialTokens: z
-          .array(z.string().min(1))
-          .optional()
-          .describe('Texts that are one token each. Default: the ones of the tokenizer trainer.'),
-      })
-      .describe('Train a byte-level BPE on the training text; the result is saved in the output folder.'),
-  }),
-]);
-
-const sourceShape = {
-  text: paths().optional().describe('Plain text: files, folders or globs.'),
-  jsonl: paths().optional().describe('JSON Lines: files, folders or globs, one document a line.'),
-  tokens: paths().optional().describe('Files of token ids made beforehand.'),
-};
-
-const oneSource = (value: { text?: unknown; jsonl?: unknown; tokens?: unknown }) =>
-  [value.text, value.jsonl, value.tokens].filter((source) => source !== undefined).length === 1;
-
-const dataSchema = z
-  .strictObject({
-    ...sourceShape,
-    separator: z
-      .string()
-      .min(1)
-      .optional()
-      .describe('What stands between the documents of a text file, such as "\\n\\n\\n". Default: a file is one document.'),
-    field: z.string().min(1).default('text').describe('Field of a JSON line that holds the text. Default "text".'),
-    validation: z
-      .union([
-        z.number().gt(0).lt(1),
-        z.strictObject({ documents: count().describe('How many documents are held out, drawn by the seed.') }),
-        z.strictObject(sourceShape).refine(oneSource, 'must name exactly one of text, jsonl and tokens'),
-      ])
-      .default(0.01)
-      .describe('Held-out data: a share of the documents (0 to 1), { documents: n }, or a source of its own. Default 0.01.'),
-    isolate: z.boolean().default(true).describe('Tokens attend to their own document only. Default true.'),
-    strict: z
-      .boolean()
-      .default(false)
-      .describe('Stop at the first malformed line instead of counting and skipping it. Default false.'),
-  })
-  .refine(oneSource, 'must name exactly one of text, jsonl and tokens');
-
-const modelObject = z
-  .strictObject({
-    preset: z.string().min(1).optional().describe('Named configuration that the other fields change.'),
-    vocabSize: count().optional().describe("Rows of the embedding table. Default: the tokenizer's vocabulary."),
-    width: count().optional().describe('Width of the residual stream.'),
-    layers: count().optional().describe('Number of layers; even ones attend locally, odd ones globally.'),
-    heads: count().optional().describe('Query heads.'),
-    kvHeads: count().optional().describe('Key and value heads; must divide heads.'),
-    headSize: z.int().min(2).multipleOf(2).optional().describe('Width of one head; even.'),
-    hidden: count().optional().describe('Width inside the feed-forward block, per branch.'),
-    window: count().optional().describe('Keys that a local layer sees, the token itself included.'),
-    attentionCap: positive().nullable().optional().describe('Soft cap of attention scores; null for none.'),
-    finalCap: positive().nullable().optional().describe('Soft cap of logits; null for none.'),
-    queryScalar: positive().optional().describe('Queries are divided by its square root.'),
-    ropeBase: z.number().gt(1).optional().describe('Base of the rotary frequencies.'),
-    normEps: positive().optional().describe('Added to the mean square inside RMSNorm.'),
-    initStd: positive().optional().describe('Standard deviation of the initial weights.'),
-    context: count().optional().describe('Most tokens of a sequence; informative, for exported files.'),
-  })
-  .refine((model) => model.heads === undefined || model.kvHeads === undefined || model.heads % model.kvHeads === 0, {
-    path: ['kvHeads'],
-    error: (issue) => {
-      const { heads, kvHeads } = issue.input as { heads: number; kvHeads: number };
-      return `must divide heads (${heads}), ${kvHeads} does not`;
-    },
-  });
-
-const divergenceKind = <const K extends string>(kind: K) =>
-  z.literal(kind).describe('"forward_kl", "reverse_kl", "jsd", "skew_forward_kl" or "skew_reverse_kl".');
-const skewAlpha = () =>
-  z.number().gt(0).lt(1).default(0.1).describe('Share α of the other in the skew divergences. Default 0.1.');
-
-const divergenceSchema = z
-  .discriminatedUnion('kind', [
-    z.strictObject({ kind: divergenceKind('forward_kl') }).describe('KL(teacher ‖ student): the student covers the teacher.'),
-    z
-      .strictObject({ kind: divergenceKind('reverse_kl') })
-      .describe('KL(student ‖ teacher): the student keeps to modes of the teacher.'),
-    z
-      .strictObject({
-        kind: divergenceKind('jsd'),
-        beta: z.number().gt(0).lt(1).default(0.5).describe('Weight β of "jsd". Default 0.5.'),
-      })
-      .describe('β KL(p ‖ m) + (1−β) KL(q ‖ m), m = β p + (1−β) q. Default β 0.5.'),
-    z
-      .strictObject({ kind: divergenceKind('skew_forward_kl'), alpha: skewAlpha() })
-      .describe('KL(p ‖ α p + (1−α) q). Default α 0.1.'),
-    z
-      .strictObject({ kind: divergenceKind('skew_reverse_kl'), alpha: skewAlpha() })
-      .describe('KL(q ‖ (1−α) p + α q). Default α 0.1.'),
-  ])
-  .describe('How far the student is from the teacher; p teacher, q student. Default { kind: "forward_kl" }.');
-
-const scheduleSchema = z.strictObject({
-  kind: z
-    .enum(['cosine', 'linear', 'constant', 'wsd'])
-    .default('cosine')
-    .describe('Shape after the warm-up; wsd is stable, then a linear decay. Default "cosine".'),
-  warmupSteps: z.int().min(0).default(0).describe('Steps in which the rate rises linearly from 0. Default 0.'),
-  finalFraction: share().default(0.1).describe('Last rate as a share of learningRate. Default 0.1; unused by "constant".'),
-  decayFraction: share().default(0.2).describe('Share of all steps that decay, "wsd" only. Default 0.2.'),
-});
-
-const optimizerSchema = z
-  .strictObject({
-    learningRate: positive().default(1e-3).describe('Highest learning rate. Default 1e-3.'),
-    beta1: z.number().min(0).lt(1).default(0.9).describe('Decay of the first moment. Default 0.9.'),
-    beta2: z.number().min(0).lt(1).default(0.95).describe('Decay of the second moment. Default 0.95.'),
-    eps: positive().default(1e-8).describe('Added to the root of the second moment. Default 1e-8.'),
-    weightDecay: z.number().min(0).default(0.1).describe('Decoupled decay of matrices; norms are left out. Default 0.1.'),
-    clip: positive().nullable().default(1).describe('Largest global gradient norm; null for no clipping. Default 1.'),
-  })
-  .describe('AdamW (arXiv:1711.05101).');
-
-const shared = {
-  $schema: z.string().optional().describe('JSON Schema for editors; ignored.'),
-  name: z.string().min(1).default('run').describe('Name shown in reports. Default "run".'),
-  output: z.string().min(1).describe('Folder for checkpoints, metrics and the report; made if missing.'),
-  seed: z.int().min(0).default(0).describe('Seed of initial weights, order of data and samples. Default 0.'),
-  device: z.string().min(1).default('cpu').describe('Where tensors live. Default "cpu".'),
-  threads: count().optional().describe('Threads of the CPU backend. Default: the cores of the machine.'),
-  data: dataSchema.describe('Training and validation text. Paths are relative to the run file.'),
-  model: z.union([z.string().min(1), modelObject]).describe('Name of a preset, or a preset with changed fields, or all fields.'),
-  batch: z
-    .strictObject({
-      sequences: count().default(8).describe('Sequences in a micro-batch. Default 8.'),
-      length: z.int().min(2).default(256).describe('Tokens in a sequence. Default 256.'),
-      accumulate: count().default(1).describe('Micro-batches added up before an optimizer step. Default 1.'),
-    })
-    .prefault({})
-    .describe('What one optimizer step sees: sequences × length × accumulate tokens.'),
-  steps: count().optional().describe('Optimizer steps; give this or tokens.'),
-  tokens: count().optional().describe('Training tokens, rounded up to whole steps; give this or steps.'),
-  optimizer: optimizerSchema.prefault({}),
-  schedule: scheduleSchema.prefault({}).describe('Learning rate over time.'),
-  evaluate: z
-    .strictObject({
-      every: count().default(200).describe('Steps between evaluations; one more follows the last step. Default 200.'),
-      batches: count().optional().describe('Micro-batches scored each time. Default: all validation data.'),
-      samples: z
-        .strictObject({
-          prompts: z.array(z.string()).min(1).describe('Beginnings that the model continues.'),
-          tokens: count().default(48).describe('New tokens a prompt. Default 48.'),
-          temperature: z.number().min(0).default(0.8).describe('0 takes the likeliest token. Default 0.8.'),
-        })
-        .optional()
-        .describe('Texts written at each evaluation. Default: none.'),
-    })
-    .prefault({})
-    .describe('Scoring on the validation data.'),
-  checkpoint: z
-    .strictObject({
-      every: count().default(500).describe('Steps between checkpoints; one more follows the last step. Default 500.'),
-      keep: count().default(3).describe('Newest checkpoints that stay. Default 3.'),
-    })
-    .prefault({})
-    .describe('Saving: safetensors and the state needed for an exact resume.'),
-  log: z
-    .strictObject({
-      every: count().default(1).describe('Steps between `step` events. Default 1.'),
-      tensorboard: z.boolean().default(true).describe('Write TensorBoard event files. Default true.'),
-      report: z.boolean().default(true).describe('Write report.html at each evaluation and at the end. Default true.'),
-    })
-    .prefault({})
-    .describe('What is told and kept about the run; metrics.jsonl is always written.'),
-  recompute: z
-    .boolean()
-    .default(false)
-    .describe('Recompute activations in backward: less memory, a third more work. Default false.'),
-  resume: z
-    .union([z.literal('auto'), z.literal(false), z.string().min(1)])
-    .default('auto')
-    .describe(
-      '"auto" goes on from the newest checkpoint in output, false starts anew, a path names a checkpoint. Default "auto".',
-    ),
-};
-
-const oneLength = <T extends { steps?: number | undefined; tokens?: number | undefined }>(run: T) =>
-  (run.steps === undefined) !== (run.tokens === undefined);
-const howLong = { path: ['steps'], error: 'give exactly one of steps and tokens: how long to train' };
-
-const pretrainSchema = z
-  .strictObject({
-    kind: z.literal('pretrain').describe('Which loop: "pretrain" trains on text.'),
-    ...shared,
-    tokenizer: tokenizerSchema.describe('Path of a tokenizer.json, or { train: { vocabSize } }.'),
-  })
-  .refine(oneLength, howLong);
-
-const distillSchema = z
-  .strictObject({
-    kind: z.literal('distill').describe('Which loop: "distill" trains on the distribution of a teacher.'),
-    ...shared,
-    tokenizer: z
-      .string()
-      .min(1)
-      .optional()
-      .describe('Path of a tokenizer.json. Default: the one saved with the teacher, whose ids the student must share.'),
-    teacher: z
-      .strictObject({ checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.') })
-      .describe('Whose distribution is learned.'),
-    distill: z
-      .strictObject({
-        divergence: divergenceSchema.prefault({ kind: 'forward_kl' }),
-        temperature: positive().default(1).describe('Divides the (capped) logits of both before the softmax. Default 1.'),
-        squaredTemperature: z
-          .boolean()
-          .default(true)
-          .describe('Multiply the divergence by temperature², which keeps the size of its gradient. Default true.'),
-        hardWeight: share()
-          .default(0)
-          .describe('Weight w of the text itself: loss = (1−w) divergence + w cross-entropy. Default 0.'),
-      })
-      .prefault({})
-      .describe('The loss of a student.'),
-  })
-  .refine(oneLength, howLong);
-
-/** Schema of a run, to extend or to validate with in other tools. */
-export const runSchema = z.discriminatedUnion('kind', [pretrainSchema, distillSchema]);
+import { type RunSchemas, runSchemas, zodLoaded } from './schema.ts';
 
 /** A pretraining run with every default filled in. */
-export type PretrainConfig = z.output<typeof pretrainSchema>;
+export type PretrainConfig = z.output<RunSchemas['pretrain']>;
 /** A distillation run with every default filled in. */
-export type DistillConfig = z.output<typeof distillSchema>;
+export type DistillConfig = z.output<RunSchemas['distill']>;
 /** A run with every default filled in. */
 export type RunConfig = PretrainConfig | DistillConfig;
 /** A run as one writes it: fields with a default may be left out. */
-export type RunInput = z.input<typeof runSchema>;
+export type RunInput = z.input<RunSchemas['run']>;
 /** A divergence and its parameter. */
-export type Divergence = z.output<typeof divergenceSchema>;
+export type Divergence = z.output<RunSchemas['divergence']>;
 /** A learning-rate schedule with every default filled in. */
-export type Schedule = z.output<typeof scheduleSchema>;
+export type Schedule = z.output<RunSchemas['schedule']>;
 
 /** Gives a run file its types: `export default defineRun({ kind: 'pretrain', ... })`. */
 export function defineRun<const T extends RunInput>(run: T): T {
@@ -263,9 +29,10 @@ export function defineRun<const T extends RunInput>(run: T): T {
 /** Checks a run and fills in the defaults; relative paths are resolved against `base` (the current folder). @throws ConfigError */
 export function parseRun(input: unknown, options: { base?: string; source?: string } = {}): RunConfig {
   const source = options.source ?? 'run';
-  const result = runSchema.safeParse(input, { reportInput: true });
+  const schema = runSchemas().run;
+  const result = schema.safeParse(input, { reportInput: true });
   if (!result.success) {
-    const { message, argument, expected, actual } = explain(result.error.issues, input, runSchema);
+    const { message, argument, expected, actual } = explain(result.error.issues, input, schema);
     throw new ConfigError(`${source}: ${message}`, {
       code: 'ERR_CONFIG',
       op: source,
@@ -304,12 +71,12 @@ export function tokensPerStep(run: RunConfig): number {
 
 /** JSON Schema of a run file: name it in `"$schema"` and editors complete and check the fields. */
 export function runJsonSchema(): Record<string, unknown> {
-  return z.toJSONSchema(runSchema, { io: 'input' }) as Record<string, unknown>;
+  return zodLoaded().toJSONSchema(runSchemas().run, { io: 'input' }) as Record<string, unknown>;
 }
 
 /** Every field of a run file, with its meaning and default. */
 export function runFields(kind: RunConfig['kind']): readonly { readonly field: string; readonly about: string }[] {
-  return describeFields(runSchema, { kind });
+  return describeFields(runSchemas().run, { kind });
 }
 
 /**

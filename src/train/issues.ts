@@ -1,6 +1,7 @@
 // Turns what zod found wrong with a run into sentences: which field, what it is, what it must be, what was probably meant.
 
-import { z } from 'zod';
+import type { z } from 'zod';
+import { zodLoaded } from './schema.ts';
 
 type Issue = z.core.$ZodIssue;
 type Path = readonly PropertyKey[];
@@ -184,6 +185,7 @@ function expectation(issue: Issue): string {
 }
 
 function discriminators(schema: z.ZodType, path: Path, input: unknown): string[] {
+  const z = zodLoaded();
   const key = path.at(-1) as string;
   const kinds = schemasAt(schema, path.slice(0, -1), input, false).flatMap((s) => {
     const field = s instanceof z.ZodObject ? (s.shape as Record<string, z.ZodType>)[key] : undefined;
@@ -194,6 +196,7 @@ function discriminators(schema: z.ZodType, path: Path, input: unknown): string[]
 
 /** The schemas that may hold at `path`; a `kind` in the input chooses among the members of a union. */
 function schemasAt(schema: z.ZodType, path: Path, input: unknown, byKind = true): z.ZodType[] {
+  const z = zodLoaded();
   const open = (s: z.ZodType, value: unknown): z.ZodType[] => {
     if (s instanceof z.ZodOptional || s instanceof z.ZodNullable || s instanceof z.ZodDefault || s instanceof z.ZodPrefault) {
       const inner = open(s.unwrap() as z.ZodType, value);
@@ -221,6 +224,7 @@ function schemasAt(schema: z.ZodType, path: Path, input: unknown, byKind = true)
 }
 
 function keysAt(schema: z.ZodType, path: Path, input: unknown): string[] {
+  const z = zodLoaded();
   const keys = schemasAt(schema, path, input).flatMap((s) => (s instanceof z.ZodObject ? Object.keys(s.shape) : []));
   return [...new Set(keys)].filter((key) => key !== '$schema');
 }
