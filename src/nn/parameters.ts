@@ -1,8 +1,10 @@
-// Parameters as plain trees. All values lie in one flat tensor, all gradients in another, so that the optimizer makes one pass.
+// Parameters as plain trees. All values lie in one flat tensor. Gradients lie flat by group, so that an update takes few calls, and a
+// group takes memory only from its backward pass to the update: activations that are freed on the way make room for it.
 import { fill_ } from '../ops/elementwise.ts';
 import { randomNormal_ } from '../ops/random.ts';
+import { withDevice } from '../tensor/engine.ts';
 import { keep } from '../tensor/scope.ts';
-import { empty, parameter, type Tensor, viewOf } from '../tensor/tensor.ts';
+import { empty, type GradientSink, type Tensor, viewOf, withSink } from '../tensor/tensor.ts';
 
 /** One parameter, before it exists. */
 export interface ParameterSpec {
@@ -46,14 +48,24 @@ export interface NamedParameter {
   readonly offset: number;
 }
 
+/** Parameters that follow one another, such as a layer's, with one tensor of gradients. */
+export interface ParameterGroup {
+  /** Where its values begin in the flat tensor. */
+  readonly offset: number;
+  /** Elements, padding included. */
+  readonly size: number;
+  /** Their gradients [size] in the same order, zero where nothing wrote; they stay until zeroGrad(). */
+  gradient(): Tensor;
+}
+
 /** Parameters that exist. */
 export interface Parameters<S extends SpecTree> {
   readonly tree: Tensors<S>;
   readonly list: readonly NamedParameter[];
   /** All values, f32; each parameter starts at a multiple of 64 elements, with zeros between. */
   readonly values: Tensor;
-  /** All gradients in the same order; undefined for frozen parameters. */
-  readonly gradients: Tensor | undefined;
+  /** They cover all values in order: an entry of the tree is a group, and so is each element of a list. Empty for frozen parameters. */
+  readonly groups: readonly ParameterGroup[];
   /** For each block of 64 values, 1 where weight decay holds. */
   readonly decay: Uint8Array;
   /** Number of parameters, padding left out. */
@@ -61,8 +73,10 @@ export interface Parameters<S extends SpecTree> {
   dispose(): void;
 }
 
-const block = 64;
+/** Each parameter starts at a multiple of this many elements. */
+export const block = 64;
 const padded = (n: number): number => Math.ceil(n / block) * block;
+const sizeOf = ({ shape }: { readonly shape: readonly number[] }): number => shape.reduce((a, b) => a * b, 1);
 
 function isSpec(s: SpecTree): s is ParameterSpec {
   return 'parameter' in s && s.parameter === true;
@@ -75,7 +89,12 @@ export function specsOf(tree: SpecTree): ParameterSpec[] {
 
 /** Number of parameters of a tree, without making it. */
 export function countParameters(tree: SpecTree): number {
-  return specsOf(tree).reduce((n, s) => n + s.shape.reduce((a, b) => a * b, 1), 0);
+  return specsOf(tree).reduce((n, s) => n + sizeOf(s), 0);
+}
+
+/** The parts of a tree whose gradients lie together. */
+function partsOf(tree: SpecTree): readonly SpecTree[] {
+  return isSpec(tree) ? [tree] : Object.values(tree).flatMap((part: SpecTree) => (Array.isArray(part) ? part : [part]));
 }
 
 function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec, Tensor>): Tensors<S> {
@@ -97,43 +116,88 @@ export function createParameters<S extends SpecTree>(
 ): Parameters<S> {
   const { trainable = true, seed } = options;
   const specs = specsOf(tree);
-  const size = specs.reduce((n, s) => n + padded(s.shape.reduce((a, b) => a * b, 1)), 0);
-  const zeros = (): Tensor => {
-    const t = keep(empty([size]));
-    fill_(t, 0);
-    return t;
-  };
-  const values = zeros();
-  const gradients = trainable ? zeros() : undefined;
+  const size = specs.reduce((n, s) => n + padded(sizeOf(s)), 0);
+  const values = keep(empty([size]));
+  fill_(values, 0);
   const decay = new Uint8Array(size / block);
   const tensors = new Map<ParameterSpec, Tensor>();
   const list: NamedParameter[] = [];
   let offset = 0;
   for (const [index, spec] of specs.entries()) {
-    const count = spec.shape.reduce((a, b) => a * b, 1);
+    const count = sizeOf(spec);
     const t = keep(viewOf(values, spec.shape, offset));
     if (seed !== undefined) initialise(t, spec, seed, index);
-    if (gradients !== undefined) parameter(t, keep(viewOf(gradients, spec.shape, offset)));
     if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
     tensors.set(spec, t);
     list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
     offset += padded(count);
   }
+  const groups: ParameterGroup[] = [];
+  let done = 0;
+  for (const part of trainable ? partsOf(tree) : []) {
+    const members = list.slice(done, done + specsOf(part).length);
+    if (members.length > 0) groups.push(groupOf(members));
+    done += members.length;
+  }
   return {
     tree: mapTree(tree, tensors),
     list,
     values,
-    gradients,
+    groups,
     decay,
     count: countParameters(tree),
     dispose() {
-      for (const { tensor } of list) {
-        const gradient = tensor.sink?.tensor;
-        tensor.dispose();
-        gradient?.dispose();
-      }
+      for (const { tensor } of list) tensor.dispose();
       values.dispose();
-      gradients?.dispose();
+    },
+  };
+}
+
+function groupOf(list: readonly NamedParameter[]): ParameterGroup {
+  const offset = list[0]?.offset ?? 0;
+  const size = list.reduce((n, { tensor }) => n + padded(tensor.size), 0);
+  const gaps = list.some(({ tensor }) => tensor.size % block !== 0);
+  let flat: Tensor | undefined;
+  let users = 0;
+  const take = (): Tensor => {
+    if (flat === undefined) {
+      flat = withDevice(list[0]!.tensor.device, () => keep(empty([size])));
+      if (gaps) fill_(flat, 0);
+    }
+    return flat;
+  };
+  const sinks = list.map(({ tensor, offset: at }): GradientSink => {
+    let view: Tensor | undefined;
+    return {
+      written: false,
+      tensor() {
+        if (view === undefined) {
+          view = keep(viewOf(take(), tensor.shape, at - offset));
+          users++;
+        }
+        return view;
+      },
+      drop() {
+        this.written = false;
+        if (view === undefined) return;
+        view.dispose();
+        view = undefined;
+        if (--users > 0) return;
+        flat?.dispose();
+        flat = undefined;
+      },
+    };
+  });
+  for (const [i, { tensor }] of list.entries()) withSink(tensor, sinks[i]!);
+  return {
+    offset,
+    size,
+    gradient() {
+      for (const sink of sinks) {
+        const gradient = sink.tensor();
+        if (!sink.written) fill_(gradient, 0);
+      }
+      return take();
     },
   };
 }

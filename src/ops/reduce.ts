@@ -6,7 +6,7 @@ import type { Tensor } from '../tensor/tensor.ts';
 const sumOp = op({ forward: 'sum(x[*]) -> y[]:f32', backward: 'sum_backward(dy[]:f32, x[*]) -> dx[*]+' });
 const meanOp = op({ forward: 'mean(x[*]) -> y[]:f32', backward: 'mean_backward(dy[]:f32, x[*]) -> dx[*]+' });
 const dotOp = op({ forward: 'dot(a[*], b[*]) -> y[]:f32', backward: 'dot_backward(dy[]:f32, a[*], b[*]) -> da[*]+, db[*]+' });
-const squares = op({ forward: 'squared_norm(x[*]) -> y[]:f64' });
+const squares = op({ forward: 'squared_norm(x[*], before[]:f64?) -> y[]:f64' });
 const finite = op({ forward: 'is_finite(x[*]) -> y[]:i32' });
 const largest = op({ forward: 'argmax(x[* c]) -> y[*]:i32' });
 const soft = op({ forward: 'softmax(x[* c]) -> y[* c]', backward: 'softmax_backward(dy[* c], y[* c]) -> dx[* c]+' });
@@ -44,10 +44,11 @@ export function dot(a: Tensor, b: Tensor): Tensor {
 /**
  * The sum of squares in float64, for clipping; {@link dot} of x with itself is the one that has a gradient.
  * @param x [*]
+ * @param before [], f64: a sum to go on with. Default: none.
  * @returns [], f64
  */
-export function squaredNorm(x: Tensor): Tensor {
-  return squares(x)[0]!;
+export function squaredNorm(x: Tensor, before?: Tensor): Tensor {
+  return squares(x, before)[0]!;
 }
 
 /**

@@ -219,7 +219,7 @@ function headGradients(
   return outputs.map(({ name }) => {
     const input = args[names.findIndex((a) => name === `d${a.name}`)];
     if (!tracked || typeof input !== 'object' || !input.tracked) return undefined;
-    return input.sink === undefined ? 'new' : { into: input.sink.tensor, accumulate: input.sink.written };
+    return input.sink === undefined ? 'new' : { into: input.sink.tensor(), accumulate: input.sink.written };
   });
 }
 

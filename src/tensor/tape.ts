@@ -78,7 +78,7 @@ export class Gradients {
    * Undefined: make a new tensor and {@link put} it.
    */
   target(t: Tensor): { tensor: Tensor; accumulate: boolean } | undefined {
-    if (t.sink !== undefined) return { tensor: t.sink.tensor, accumulate: t.sink.written };
+    if (t.sink !== undefined) return { tensor: t.sink.tensor(), accumulate: t.sink.written };
     const entry = this.entries.get(t);
     if (entry === undefined) return undefined;
     const own = this.get(t)!;
@@ -220,9 +220,9 @@ export function valueAndGrad(f: () => Tensor): Tensor {
   });
 }
 
-/** Forgets the gradients of parameters: the next gradient is written instead of added. No memory is touched. */
+/** Forgets the gradients of parameters and frees their memory: the next gradient is written instead of added. */
 export function zeroGrad(parameters: Iterable<Tensor>): void {
-  for (const t of parameters) if (t.sink !== undefined) t.sink.written = false;
+  for (const t of parameters) t.sink?.drop();
 }
 
 /**

@@ -2,13 +2,15 @@ import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './
 import { type Device, deviceNumber, devices, io, native, typed, withDevice } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
 import type { Recipe } from './saved.ts';
-import { track, untrack } from './scope.ts';
+import { keep, track, untrack } from './scope.ts';
 
-/** Where the gradient of a parameter goes. `written` says whether it holds anything yet: the first write need not clear it. */
+/** Where the gradient of a parameter goes. It takes memory from its first write until it is dropped. */
 export interface GradientSink {
-  readonly tensor: Tensor;
-  /** Whether the gradient goes with its parameter. */
-  readonly owned: boolean;
+  /** The gradient; takes memory where it has none. */
+  tensor(): Tensor;
+  /** Gives the memory back. Doing it twice is harmless. */
+  drop(): void;
+  /** Whether it holds anything yet: the first write need not clear it. */
   written: boolean;
 }
 
@@ -45,7 +47,7 @@ export class Tensor {
 
   /** The gradient of a {@link parameter}, once something wrote it. */
   get grad(): Tensor | undefined {
-    return this.sink?.written ? this.sink.tensor : undefined;
+    return this.sink?.written ? this.sink.tensor() : undefined;
   }
 
   /** Frees the memory. Doing it twice is harmless. */
@@ -53,12 +55,8 @@ export class Tensor {
     if (!this.held) return;
     this.held = false;
     untrack(this);
-    if (this.sink !== undefined) {
-      const { tensor: gradient, owned } = this.sink;
-      this.sink = undefined;
-      releaseUse(gradient);
-      if (owned) gradient.dispose();
-    }
+    this.sink?.drop();
+    this.sink = undefined;
     if (this.uses === 0) native().release(this.handle);
   }
 
@@ -266,14 +264,32 @@ export async function toDevice(t: Tensor, device: Device): Promise<Tensor> {
 }
 
 /**
- * Makes a tensor trainable: {@link valueAndGrad} adds its gradient to `t.grad`, or to `gradient` where given.
+ * Makes a tensor trainable: {@link valueAndGrad} adds its gradient to `t.grad`, which exists until {@link zeroGrad}.
  * @returns `t` itself.
  */
-export function parameter(t: Tensor, gradient?: Tensor): Tensor {
-  if (t.sink !== undefined) return t;
-  const into = gradient ?? unscopedLike(t, 'f32');
-  into.held = true;
-  t.sink = { tensor: addUse(into), owned: gradient === undefined, written: false };
+export function parameter(t: Tensor): Tensor {
+  return t.sink === undefined ? withSink(t, ownGradient(t)) : t;
+}
+
+/** @internal Makes a tensor trainable, with a gradient that lies somewhere else. */
+export function withSink(t: Tensor, sink: GradientSink): Tensor {
+  t.sink = sink;
   t.tracked = true;
   return t;
+}
+
+function ownGradient(t: Tensor): GradientSink {
+  let gradient: Tensor | undefined;
+  return {
+    written: false,
+    tensor() {
+      gradient ??= withDevice(t.device, () => keep(empty(t.shape)));
+      return gradient;
+    },
+    drop() {
+      this.written = false;
+      gradient?.dispose();
+      gradient = undefined;
+    },
+  };
 }

@@ -1,12 +1,12 @@
 // AdamW over all parameters of a model at once.
-import type { Parameters, SpecTree } from '../nn/parameters.ts';
+import { block, type Parameters, type SpecTree } from '../nn/parameters.ts';
 import { fill_ } from '../ops/elementwise.ts';
 import { adamw_ } from '../ops/optimizer.ts';
 import { squaredNorm } from '../ops/reduce.ts';
 import { LimbeckError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { zeroGrad } from '../tensor/tape.ts';
-import { empty, type Tensor, tensor } from '../tensor/tensor.ts';
+import { empty, type Tensor, tensor, viewOf } from '../tensor/tensor.ts';
 import type { RunConfig } from './config.ts';
 
 export interface Optimizer {
@@ -24,11 +24,11 @@ export interface Optimizer {
 }
 
 export function createOptimizer(parameters: Parameters<SpecTree>, options: RunConfig['optimizer']): Optimizer {
-  const { values: p, gradients: g, list } = parameters;
-  if (g === undefined)
+  const { values, groups, list } = parameters;
+  if (groups.length === 0)
     throw new LimbeckError('optimizer: the parameters are frozen; create or load the model as trainable', { code: 'ERR_FROZEN' });
   const moment = (): Tensor => {
-    const t = keep(empty(p.shape));
+    const t = keep(empty(values.shape));
     fill_(t, 0);
     return t;
   };
@@ -42,20 +42,30 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: RunCo
     updates: 0,
     step(learningRate) {
       return scope(() => {
-        for (const { tensor: t } of list) if (t.sink?.written === false) fill_(t.sink.tensor, 0);
-        const norm = squaredNorm(g);
+        let norm: Tensor | undefined;
+        for (const group of groups) norm = squaredNorm(group.gradient(), norm);
         this.updates++;
-        adamw_({ p, g, m, v, decay }, norm, {
-          lr: learningRate,
-          beta1,
-          beta2,
-          eps,
-          weightDecay,
-          clip: clip ?? Number.POSITIVE_INFINITY,
-          step: this.updates,
-        });
+        for (const { offset, size, gradient } of groups) {
+          const part = (t: Tensor): Tensor => viewOf(t, [size], offset);
+          const state = {
+            p: part(values),
+            g: gradient(),
+            m: part(m),
+            v: part(v),
+            decay: viewOf(decay, [size / block], offset / block),
+          };
+          adamw_(state, norm!, {
+            lr: learningRate,
+            beta1,
+            beta2,
+            eps,
+            weightDecay,
+            clip: clip ?? Number.POSITIVE_INFINITY,
+            step: this.updates,
+          });
+        }
         zeroGrad(list.map((one) => one.tensor));
-        return norm;
+        return norm!;
       });
     },
     dispose() {

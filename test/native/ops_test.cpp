@@ -143,7 +143,7 @@ TEST(reductions) {
     same_bits(name, [] { return tensors(Tensor({}), Tensor({N})); }, [] { return tensors(Tensor({N})); });
   same_bits("dot", [] { return tensors(Tensor({N}), Tensor({N})); }, [] { return tensors(Tensor({})); });
   same_bits("dot_backward", [] { return tensors(Tensor({}), Tensor({N}), Tensor({N})); }, [] { return tensors(Tensor({N}), Tensor({N})); });
-  same_bits("squared_norm", [] { return tensors(Tensor({N})); }, [] { return tensors(Tensor({}, f64)); });
+  same_bits("squared_norm", [] { return tensors(Tensor({N}), Tensor({}, f64)); }, [] { return tensors(Tensor({}, f64)); });
   same_bits("is_finite", [] { return tensors(Tensor({N})); }, [] { return tensors(Tensor({}, i32)); });
   same_bits("argmax", [] { return tensors(Tensor({R, C})); }, [] { return tensors(Tensor({R}, i32)); });
   for (const char* name : {"softmax", "log_softmax"})

@@ -46,6 +46,15 @@ checkOp({
   tolerance: 1e-13,
 });
 
+checkOp({
+  name: 'squared_norm, going on with a sum',
+  run: (x) => squaredNorm(x!, squaredNorm(x!)),
+  reference: (x) => scalar(2 * product(x!.data, x!.data)),
+  cases: same(1, shapes),
+  gradient: false,
+  tolerance: 1e-13,
+});
+
 const largest = (row: ArrayLike<number>): number =>
   Array.prototype.reduce.call(row, (a, b) => Math.max(a as number, b as number), Number.NEGATIVE_INFINITY) as number;
 const softmax64 = (row: Float64Array): Float64Array => {

@@ -93,6 +93,8 @@ test('nothing is left after a backward pass, nor after one that fails', async ()
   using wrong = tensor([1, 2, 3]);
   const before = memory().tensors;
   valueAndGrad(() => total(mul(x, x)[0]!)).dispose();
+  expect(memory().tensors).toBe(before + 1);
+  zeroGrad([x]);
   expect(memory().tensors).toBe(before);
   expect(() => valueAndGrad(() => total(add(mul(x, x)[0]!, wrong)[0]!))).toThrow(expect.objectContaining({ name: 'ShapeError' }));
   expect(() => valueAndGrad(() => mul(x, x)[0]!)).toThrow(expect.objectContaining({ code: 'ERR_SHAPE', op: 'valueAndGrad' }));
