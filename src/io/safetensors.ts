@@ -65,8 +65,15 @@ export interface Safetensors extends AsyncDisposable {
    * Throws FormatError for a name that is not in the file or a file that has become shorter.
    */
   read(name: string): Promise<SafetensorsArray>;
+  /**
+   * Reads one tensor in runs of at most 1 MiB, in order: `use(run, from)` gets elements `from`.. in an array that the next run overwrites.
+   * Throws like `read`, or what `use` throws.
+   */
+  each(name: string, use: (run: SafetensorsArray, from: number) => void): Promise<void>;
   close(): Promise<void>;
 }
+
+const RUN = 1 << 20;
 
 // The limit of the reference implementation: a length above it is not a header.
 const MAX_HEADER = 100_000_000;
@@ -223,10 +230,33 @@ async function readHeader(path: string, file: FileHandle): Promise<Safetensors> 
   if ((await readAll(file, bytes, 8)) < length) throw refuse(path, 'it became shorter while it was read', 'TRUNCATED');
 
   const { metadata, tensors } = parseHeader(path, bytes, size);
+  const entryOf = (name: string): SafetensorsEntry => {
+    const entry = tensors.get(name);
+    if (entry === undefined) throw refuse(path, `it has no tensor ${show(name)}`, 'NAME', { argument: name });
+    return entry;
+  };
+  let spare: ArrayBuffer | undefined;
   return {
     metadata,
     tensors,
-    read: (name) => readTensor(path, file, tensors, name),
+    async read(name) {
+      const { dtype, bytes } = entryOf(name);
+      const data = new types[dtype](bytes / types[dtype].BYTES_PER_ELEMENT);
+      await readElements(path, file, name, entryOf(name), data, 0);
+      return dtype === 'F16' ? widen(data as Uint16Array) : data;
+    },
+    async each(name, use) {
+      const entry = entryOf(name);
+      const buffer = spare ?? new ArrayBuffer(RUN);
+      spare = undefined;
+      const type = types[entry.dtype];
+      for (let at = 0; at < entry.bytes; at += RUN) {
+        const run = new type(buffer, 0, Math.min(RUN, entry.bytes - at) / type.BYTES_PER_ELEMENT);
+        await readElements(path, file, name, entry, run, at);
+        use(entry.dtype === 'F16' ? widen(run as Uint16Array) : run, at / type.BYTES_PER_ELEMENT);
+      }
+      spare = buffer;
+    },
     close: () => file.close(),
     [Symbol.asyncDispose]: () => file.close(),
   };
@@ -322,27 +352,26 @@ function repeatedKey(text: string): string | undefined {
   return undefined;
 }
 
-async function readTensor(
+/** Fills `data` with a tensor's elements from its byte `from` on. */
+async function readElements(
   path: string,
   file: FileHandle,
-  tensors: ReadonlyMap<string, SafetensorsEntry>,
   name: string,
-): Promise<SafetensorsArray> {
-  const entry = tensors.get(name);
-  if (entry === undefined) throw refuse(path, `it has no tensor ${show(name)}`, 'NAME', { argument: name });
-  const { dtype, offset, bytes } = entry;
-  const data = new types[dtype](bytes / types[dtype].BYTES_PER_ELEMENT);
+  entry: SafetensorsEntry,
+  data: SafetensorsArray,
+  from: number,
+): Promise<void> {
+  const at = entry.offset + from;
   let got: number;
   try {
-    got = await readAll(file, data, offset);
+    got = await readAll(file, data, at);
   } catch (error) {
     throw readError(path, error);
   }
-  if (got < bytes) {
-    const message = `it became shorter: tensor ${show(name)} ends at byte ${offset + bytes}, the file at byte ${offset + got}`;
+  if (got < data.byteLength) {
+    const message = `it became shorter: tensor ${show(name)} ends at byte ${entry.offset + entry.bytes}, the file at byte ${at + got}`;
     throw refuse(path, message, 'TRUNCATED', { argument: name });
   }
-  return dtype === 'F16' ? widen(data as Uint16Array) : data;
 }
 
 let halves: Float32Array | undefined;

@@ -5,7 +5,7 @@ import { writeAtomic } from '../io/atomic.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { createParameters, type Parameters } from '../nn/parameters.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
-import { readAs, type Tensor, write } from '../tensor/tensor.ts';
+import { readAs, type Tensor, writeAt } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import {
   checkGemma2,
@@ -148,7 +148,7 @@ async function fill(model: LanguageModel, path: string): Promise<void> {
           actual: `[${entry.shape.join(' ')}]`,
         });
       }
-      write(tensor, widen(await stored.read(name), entry.dtype, `${path}: '${name}'`));
+      await stored.each(name, (run, from) => writeAt(tensor, from, widen(run, entry.dtype, `${path}: '${name}'`)));
     }
   } finally {
     await stored.close();

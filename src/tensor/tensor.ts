@@ -224,6 +224,16 @@ export function write(t: Tensor, data: readonly number[] | DataArray): void {
   }
 }
 
+/** @internal Replaces the elements of `t` from `offset` on. */
+export function writeAt(t: Tensor, offset: number, data: DataArray): void {
+  const part = viewOf(t, [data.length], offset);
+  try {
+    write(part, data);
+  } finally {
+    part.dispose();
+  }
+}
+
 /**
  * The same elements under another shape, without a copy; gradients flow through {@link reshape} of `ops`, not through this.
  * @param offset first element of `t` that the view shows. Default 0.

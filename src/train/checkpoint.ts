@@ -7,7 +7,7 @@ import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { checkpointFolder, pruneCheckpoints } from '../models/folder.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
 import { FormatError } from '../tensor/errors.ts';
-import { readAs, write } from '../tensor/tensor.ts';
+import { readAs, writeAt } from '../tensor/tensor.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { Optimizer } from './optimizer.ts';
 
@@ -125,7 +125,7 @@ export async function restoreOptimizer(checkpoint: string, optimizer: Optimizer,
           },
         );
       }
-      write(t, (await stored.read(name)) as Float32Array);
+      await stored.each(name, (run, from) => writeAt(t, from, run as Float32Array));
     }
     optimizer.updates = state.updates;
   } finally {

@@ -4,7 +4,13 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { openSafetensors, type SafetensorsDType, type SafetensorsInput, writeSafetensors } from '../../src/io/safetensors.ts';
+import {
+  openSafetensors,
+  type SafetensorsArray,
+  type SafetensorsDType,
+  type SafetensorsInput,
+  writeSafetensors,
+} from '../../src/io/safetensors.ts';
 import { DTypeError, FileError, FormatError, LimbeckError, ShapeError } from '../../src/tensor/errors.ts';
 
 const golden = fileURLToPath(new URL('../golden/dtypes.safetensors', import.meta.url));
@@ -75,6 +81,37 @@ describe('the reference implementation', () => {
     expect(Buffer.compare(await readFile(path), raw)).toBe(0);
   });
 });
+
+describe('reading in runs', () => {
+  it('gives the elements that read gives, in order', async () => {
+    const path = join(folder, 'runs.safetensors');
+    const wide = Float64Array.from({ length: 300_001 }, (_, i) => Math.sin(i));
+    const half = Uint16Array.from({ length: 600_003 }, (_, i) => (i * 7919) & 0x7bff);
+    await writeSafetensors(path, [
+      { name: 'wide', dtype: 'F64', shape: [wide.length], data: wide },
+      { name: 'half', dtype: 'F16', shape: [half.length], data: half },
+      { name: 'none', dtype: 'F32', shape: [0], data: new Float32Array(0) },
+    ]);
+    await using file = await openSafetensors(path);
+    for (const name of file.tensors.keys()) {
+      const all = await file.read(name);
+      let at = 0;
+      await file.each(name, (run, from) => {
+        expect(from).toBe(at);
+        expect(run.byteLength).toBeLessThanOrEqual(2 << 20);
+        expect(Buffer.compare(Buffer.from(run.buffer, run.byteOffset, run.byteLength), bytesOf(all, from, run.length))).toBe(0);
+        at += run.length;
+      });
+      expect(at).toBe(all.length);
+    }
+    expect((await rejection(file.each('missing', () => {}))).code).toBe('ERR_SAFETENSORS_NAME');
+  });
+});
+
+const bytesOf = (data: SafetensorsArray, from: number, count: number): Buffer => {
+  const size = data.byteLength / data.length;
+  return Buffer.from(data.buffer, data.byteOffset + from * size, count * size);
+};
 
 describe('writing', () => {
   it('keeps any names, shapes and values', async () => {
