@@ -33,8 +33,10 @@ class Blas {
   virtual ~Blas() = default;
   // Enqueues on the device's stream. Deterministic. Throws Error of kind device where the library is missing or refuses.
   virtual void run(const Device& device, const Product& product) = 0;
-  virtual size_t workspace_bytes() const = 0;
-  virtual std::string version() const = 0;
+  // Whether a[m k] * b[n k]^T of fp8 with scales for their rows is there; any thread may ask.
+  virtual bool multiplies_fp8(const Device& device, int64_t n, int64_t k) const = 0;
+  virtual size_t workspace_bytes() const = 0;  // that it keeps on the device
+  virtual std::string version() const = 0;     // empty where there is no library
 };
 
 // The device's products. A missing library is an error of the first product, not of this.

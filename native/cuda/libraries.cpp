@@ -97,8 +97,13 @@ std::vector<std::string> site_packages() {
 std::vector<std::string> folders_of(const Facts& facts) {
   std::vector<std::string> folders = {own_folder()};
   for (std::string& folder : toolkits()) folders.push_back(std::move(folder));
-  for (const std::string& packages : site_packages())
-    for (const char* wheel : {facts.wheel, "cu13", "cu12"}) folders.push_back(packages + "/nvidia/" + wheel + "/lib");
+  for (const std::string& packages : site_packages()) {
+    std::error_code error;
+    const std::string nvidia = packages + "/nvidia";
+    if (!fs::is_directory(nvidia, error)) folders.push_back(nvidia);
+    else
+      for (const char* wheel : {facts.wheel, "cu13", "cu12"}) folders.push_back(nvidia + "/" + wheel + "/lib");
+  }
   if (const std::string conda = environment("CONDA_PREFIX"); !conda.empty()) folders.push_back(conda + "/lib");
 
   // A folder that links lead to twice is looked at once.
