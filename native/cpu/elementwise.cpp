@@ -50,11 +50,14 @@ static void scale(const Call& call) {
   for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i) * s); });
 }
 
-// fill(x[*]&, value)
+// fill(x[*]:float&, value)
 static void fill(const Call& call) {
-  float* x = call.in[0].as<float>();
-  const float value = static_cast<float>(call.scalar[0]);
-  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(x + i, splat(value)); });
+  const Vec value = splat(static_cast<float>(call.scalar[0]));
+  const auto set = [&](auto* x) {
+    for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(x + i, value); });
+  };
+  if (call.in[0].dtype == DType::bf16) set(call.in[0].as<uint16_t>());
+  else set(call.in[0].as<float>());
 }
 
 // copy(x[*]) -> y[*], copy_backward(dy[*]) -> dx[*]+
@@ -64,11 +67,17 @@ static void copy(const Call& call) {
   for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { y.put(i, lanes, lanes.get(x + i)); });
 }
 
-// copy_(y[*]&, x[*])
+// copy_(y[*]:float&, x[*]:float)
 static void copy_into(const Call& call) {
-  float* y = call.in[0].as<float>();
-  const float* x = call.in[1].as<float>();
-  for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+  const auto convert = [&](auto* y, const auto* x) {
+    for_elements(call, call.in[0].size(), [=](int64_t i, auto lanes) { lanes.put(y + i, lanes.get(x + i)); });
+  };
+  const View &y = call.in[0], &x = call.in[1];
+  const bool narrow = y.dtype == DType::bf16, from_narrow = x.dtype == DType::bf16;
+  if (narrow && from_narrow) convert(y.as<uint16_t>(), x.as<const uint16_t>());
+  else if (narrow) convert(y.as<uint16_t>(), x.as<const float>());
+  else if (from_narrow) convert(y.as<float>(), x.as<const uint16_t>());
+  else convert(y.as<float>(), x.as<const float>());
 }
 
 // add_(y[*]&, x[*])

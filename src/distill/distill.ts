@@ -30,6 +30,7 @@ export async function* distill(
   options: LoopOptions = {},
 ): AsyncGenerator<TrainEvent, void, undefined> {
   const run = parseRunOf('distill', input);
+  const { master } = run.optimizer;
   startEngine(run);
   const resume = await resumePoint(run);
   const teacherFolder = await resolveCheckpoint(run.teacher.checkpoint);
@@ -42,9 +43,9 @@ export async function* distill(
     let tokenizer: Tokenizer;
     if (resume === undefined) {
       tokenizer = run.tokenizer === undefined ? teacherTokenizer : await loadTokenizer(run.tokenizer);
-      student = createModel(runModelConfig(run, tokenizer), { seed: run.seed });
+      student = createModel(runModelConfig(run, tokenizer), { seed: run.seed, master });
     } else {
-      ({ model: student, tokenizer } = await loadModel(resume, { trainable: true }));
+      ({ model: student, tokenizer } = await loadModel(resume, { trainable: true, master }));
     }
     checkVocabularies(teacher, student, teacherTokenizer, tokenizer);
     data = await openDataset(datasetOptions(run, tokenizer, options.signal));

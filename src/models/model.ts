@@ -3,9 +3,11 @@ import { mkdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
-import { createParameters, type Parameters } from '../nn/parameters.ts';
+import { createParameters, type ParameterOptions, type Parameters } from '../nn/parameters.ts';
+import { cast } from '../ops/elementwise.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
-import { readAs, type Tensor, writeAt } from '../tensor/tensor.ts';
+import { keep } from '../tensor/scope.ts';
+import { readAs, type Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import {
   checkGemma2,
@@ -50,12 +52,8 @@ export function modelConfig(preset: string, changes: Partial<Gemma2Config> = {})
   return config;
 }
 
-/**
- * Makes a model with random weights.
- * @param options.seed of the initial weights; undefined leaves zeros, for loading into.
- * @param options.trainable with gradients. Default true.
- */
-export function createModel(config: Gemma2Config, options: { seed?: number; trainable?: boolean } = {}): LanguageModel {
+/** Makes a model with random weights on the current device. */
+export function createModel(config: Gemma2Config, options: ParameterOptions = {}): LanguageModel {
   checkGemma2(config);
   const parameters = createParameters(gemma2Spec(config), options);
   return {
@@ -84,12 +82,16 @@ export async function saveModel(folder: string, model: LanguageModel, tokenizer?
 async function readParameters(model: LanguageModel) {
   const { list, values } = model.parameters;
   // One read of the flat tensor is one consistent moment of training.
-  const flat = await readAs(values, 'f32');
+  const wide = values.dtype === 'f32' ? undefined : keep(cast(values, 'f32'));
+  const flat = await readAs(wide ?? values, 'f32').finally(() => wide?.dispose());
   return list.map(({ name, tensor, offset }) => {
     const data = flat.subarray(offset, offset + tensor.size);
     return { name, dtype: 'F32' as const, shape: [...tensor.shape], data };
   });
 }
+
+/** How to keep loaded weights; `trainable` is false by default. */
+export type LoadOptions = Omit<ParameterOptions, 'seed'>;
 
 /** A model and what lay beside it. */
 export interface LoadedModel {
@@ -99,10 +101,9 @@ export interface LoadedModel {
 
 /**
  * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors, tokenizer.json.
- * @param options.trainable Default false.
  * @throws FormatError for a file that is damaged, of another architecture, or does not fit the config.
  */
-export async function loadModel(folder: string, options: { trainable?: boolean } = {}): Promise<LoadedModel> {
+export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
   const model = await loadWeights(folder, options);
   try {
     return { model, tokenizer: await loadTokenizer(folder) };
@@ -113,9 +114,9 @@ export async function loadModel(folder: string, options: { trainable?: boolean }
 }
 
 /** The model of a folder, without its tokenizer. */
-export async function loadWeights(folder: string, options: { trainable?: boolean } = {}): Promise<LanguageModel> {
+export async function loadWeights(folder: string, options: LoadOptions = {}): Promise<LanguageModel> {
   const config = fromTransformers(await readJson(join(folder, files.config)), join(folder, files.config));
-  const model = createModel(config, { trainable: options.trainable ?? false });
+  const model = createModel(config, { trainable: false, ...options });
   try {
     await fill(model, join(folder, files.weights));
     return model;
@@ -125,10 +126,10 @@ export async function loadWeights(folder: string, options: { trainable?: boolean
   }
 }
 
-async function fill(model: LanguageModel, path: string): Promise<void> {
+async function fill({ parameters }: LanguageModel, path: string): Promise<void> {
   const stored = await openSafetensors(path);
   try {
-    for (const { name, tensor } of model.parameters.list) {
+    for (const { name, tensor, offset } of parameters.list) {
       const entry = stored.tensors.get(name);
       const expected = `[${tensor.shape.join(' ')}]`;
       if (entry === undefined) {
@@ -148,8 +149,9 @@ async function fill(model: LanguageModel, path: string): Promise<void> {
           actual: `[${entry.shape.join(' ')}]`,
         });
       }
-      await stored.each(name, (run, from) => writeAt(tensor, from, widen(run, entry.dtype, `${path}: '${name}'`)));
+      await stored.each(name, (run, from) => parameters.write(offset + from, widen(run, entry.dtype, `${path}: '${name}'`)));
     }
+    parameters.refresh();
   } finally {
     await stored.close();
   }

@@ -1,10 +1,11 @@
 // Parameters as plain trees. All values lie in one flat tensor. Gradients lie flat by group, so that an update takes few calls, and a
 // group takes memory only from its backward pass to the update: activations that are freed on the way make room for it.
-import { fill_ } from '../ops/elementwise.ts';
+import { copy_, fill_ } from '../ops/elementwise.ts';
+import { momentBlock } from '../ops/optimizer.ts';
 import { randomNormal_ } from '../ops/random.ts';
-import { withDevice } from '../tensor/engine.ts';
-import { keep } from '../tensor/scope.ts';
-import { empty, type GradientSink, type Tensor, viewOf, withSink } from '../tensor/tensor.ts';
+import { currentDevice, withDevice } from '../tensor/engine.ts';
+import { keep, scope } from '../tensor/scope.ts';
+import { empty, type GradientSink, type Tensor, tensor, viewOf, withSink, writeAt } from '../tensor/tensor.ts';
 
 /** One parameter, before it exists. */
 export interface ParameterSpec {
@@ -62,20 +63,38 @@ export interface ParameterGroup {
 export interface Parameters<S extends SpecTree> {
   readonly tree: Tensors<S>;
   readonly list: readonly NamedParameter[];
-  /** All values, f32; each parameter starts at a multiple of 64 elements, with zeros between. */
+  /** All values; each parameter starts at a multiple of 64 elements, with zeros between. f32, or bf16 where that is all there is. */
   readonly values: Tensor;
+  /** Rounded copies of f32 `values`, in the same places, where the ops read bf16; else undefined: they read `values`. */
+  readonly copies: Tensor | undefined;
   /** They cover all values in order: an entry of the tree is a group, and so is each element of a list. Empty for frozen parameters. */
   readonly groups: readonly ParameterGroup[];
   /** For each block of 64 values, 1 where weight decay holds. */
   readonly decay: Uint8Array;
   /** Number of parameters, padding left out. */
   readonly count: number;
+  /** Writes values from element `offset` of the flat tensor on, rounded where they are kept in bf16. {@link refresh} must follow. */
+  write(offset: number, data: Float32Array): void;
+  /** Makes the copies follow `values`. */
+  refresh(): void;
   dispose(): void;
 }
 
-/** Each parameter starts at a multiple of this many elements. */
+export interface ParameterOptions {
+  /** With gradients. Default true. */
+  readonly trainable?: boolean;
+  /** Of the initial values; undefined leaves all values zero, for loading into. */
+  readonly seed?: number | undefined;
+  /** What the ops read. Default f32 on the CPU, bf16 on a GPU. */
+  readonly dtype?: 'f32' | 'bf16' | undefined;
+  /** Whether bf16 parameters that are trained are copies of f32 values, which the optimizer changes. Default true. */
+  readonly master?: boolean | undefined;
+}
+
+/** Each parameter starts at a multiple of this many elements, and each group at a multiple of a block of 8-bit moments. */
 export const block = 64;
-const padded = (n: number): number => Math.ceil(n / block) * block;
+const roundUp = (n: number, to: number): number => Math.ceil(n / to) * to;
+const padded = (n: number): number => roundUp(n, block);
 const sizeOf = ({ shape }: { readonly shape: readonly number[] }): number => shape.reduce((a, b) => a * b, 1);
 
 function isSpec(s: SpecTree): s is ParameterSpec {
@@ -105,58 +124,72 @@ function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec
   return map(tree) as Tensors<S>;
 }
 
-/**
- * Makes the parameters of a tree.
- * @param options.trainable with gradients. Default true.
- * @param options.seed initial values; undefined leaves all values zero, for loading into.
- */
-export function createParameters<S extends SpecTree>(
-  tree: S,
-  options: { trainable?: boolean; seed?: number } = {},
-): Parameters<S> {
-  const { trainable = true, seed } = options;
-  const specs = specsOf(tree);
-  const size = specs.reduce((n, s) => n + padded(sizeOf(s)), 0);
-  const values = keep(empty([size]));
-  fill_(values, 0);
+/** Makes the parameters of a tree, on the current device. */
+export function createParameters<S extends SpecTree>(tree: S, options: ParameterOptions = {}): Parameters<S> {
+  const { trainable = true, seed, dtype = currentDevice() === 'cpu' ? 'f32' : 'bf16', master = true } = options;
+  const parts = partsOf(tree).map(specsOf);
+  const lengths = parts.map((part) =>
+    roundUp(
+      part.reduce((n, s) => n + padded(sizeOf(s)), 0),
+      momentBlock,
+    ),
+  );
+  const size = lengths.reduce((a, b) => a + b, 0);
+  const zeros = (type: 'f32' | 'bf16'): Tensor => {
+    const t = keep(empty([size], type));
+    fill_(t, 0);
+    return t;
+  };
+  const mastered = trainable && master;
+  const values = zeros(mastered ? 'f32' : dtype);
+  const copies = mastered && dtype === 'bf16' ? zeros('bf16') : undefined;
   const decay = new Uint8Array(size / block);
   const tensors = new Map<ParameterSpec, Tensor>();
   const list: NamedParameter[] = [];
-  let offset = 0;
-  for (const [index, spec] of specs.entries()) {
-    const count = sizeOf(spec);
-    const t = keep(viewOf(values, spec.shape, offset));
-    if (seed !== undefined) initialise(t, spec, seed, index);
-    if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
-    tensors.set(spec, t);
-    list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
-    offset += padded(count);
-  }
   const groups: ParameterGroup[] = [];
-  let done = 0;
-  for (const part of trainable ? partsOf(tree) : []) {
-    const members = list.slice(done, done + specsOf(part).length);
-    if (members.length > 0) groups.push(groupOf(members));
-    done += members.length;
+  let start = 0;
+  for (const [part, specs] of parts.entries()) {
+    const length = lengths[part]!;
+    let offset = start;
+    for (const spec of specs) {
+      const count = sizeOf(spec);
+      const t = keep(viewOf(copies ?? values, spec.shape, offset));
+      if (seed !== undefined) initialise(values, offset, spec, seed, list.length);
+      if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
+      tensors.set(spec, t);
+      list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
+      offset += padded(count);
+    }
+    if (trainable && specs.length > 0) groups.push(groupOf(list.slice(-specs.length), start, length));
+    start += length;
   }
+  const refresh = (): void => {
+    if (copies !== undefined) copy_(copies, values);
+  };
+  refresh();
   return {
     tree: mapTree(tree, tensors),
     list,
     values,
+    copies,
     groups,
     decay,
     count: countParameters(tree),
+    write(at, data) {
+      if (values.dtype === 'f32') writeAt(values, at, data);
+      else scope(() => copy_(viewOf(values, [data.length], at), tensor(data)));
+    },
+    refresh,
     dispose() {
       for (const { tensor } of list) tensor.dispose();
       values.dispose();
+      copies?.dispose();
     },
   };
 }
 
-function groupOf(list: readonly NamedParameter[]): ParameterGroup {
-  const offset = list[0]?.offset ?? 0;
-  const size = list.reduce((n, { tensor }) => n + padded(tensor.size), 0);
-  const gaps = list.some(({ tensor }) => tensor.size % block !== 0);
+function groupOf(list: readonly NamedParameter[], offset: number, size: number): ParameterGroup {
+  const gaps = size > list.reduce((n, { tensor }) => n + tensor.size, 0);
   let flat: Tensor | undefined;
   let users = 0;
   const take = (): Tensor => {
@@ -202,7 +235,13 @@ function groupOf(list: readonly NamedParameter[]): ParameterGroup {
   };
 }
 
-function initialise(t: Tensor, spec: ParameterSpec, seed: number, stream: number): void {
-  if (spec.std > 0) randomNormal_(t, seed, stream, spec.std);
-  else if (spec.start !== 0) fill_(t, spec.start);
+/** The same values whatever they are kept in: bf16 ones are rounded from f32. */
+function initialise(values: Tensor, offset: number, spec: ParameterSpec, seed: number, stream: number): void {
+  scope(() => {
+    const place = viewOf(values, spec.shape, offset);
+    if (spec.std === 0) return spec.start === 0 ? undefined : fill_(place, spec.start);
+    const drawn = values.dtype === 'f32' ? place : empty(spec.shape);
+    randomNormal_(drawn, seed, stream, spec.std);
+    if (drawn !== place) copy_(place, drawn);
+  });
 }

@@ -21,8 +21,8 @@ const softcapOp = op({
   forward: 'softcap(x[*], cap) -> y[*]',
   backward: 'softcap_backward(dy[*], y[*], cap) -> dx[*]+',
 });
-const fillOp = op({ forward: 'fill(x[*]&, value) -> ' });
-const copyInto = op({ forward: 'copy_(y[*]&, x[*]) -> ' });
+const fillOp = op({ forward: 'fill(x[*]:float&, value) -> ' });
+const copyInto = op({ forward: 'copy_(y[*]:float&, x[*]:float) -> ' });
 const addInto = op({ forward: 'add_(y[*]&, x[*]) -> ' });
 
 /**
@@ -116,7 +116,7 @@ export function softcap(x: Tensor, cap: number): Tensor {
 
 /**
  * Sets every element to `value`, in place.
- * @param x [*], f32
+ * @param x [*], f32 or bf16
  */
 export function fill_(x: Tensor, value: number): void {
   fillOp(x, value);
@@ -133,8 +133,8 @@ export function add_(y: Tensor, x: Tensor): void {
 }
 
 /**
- * y = x, in place.
- * @param y [*], f32
+ * y = x, in place; converts between f32 and bf16.
+ * @param y [*]
  * @param x [*]
  * @throws ShapeError when the shapes differ.
  */

@@ -129,7 +129,7 @@ export class Gradients {
 const copy = kernel('copy(x[*]) -> y[*]+');
 const toF32 = kernel('to_f32(x[*]:float) -> y[*]:f32');
 const toBf16 = kernel('to_bf16(x[*]:float) -> y[*]:bf16');
-const fill = kernel('fill(x[*]&, value) -> ');
+const fill = kernel('fill(x[*]:float&, value) -> ');
 
 function addInto(from: Tensor, into: Tensor, accumulate: boolean): void {
   launch(copy, [from], [{ into, accumulate }], unscoped);

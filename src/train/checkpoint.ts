@@ -7,7 +7,7 @@ import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { checkpointFolder, pruneCheckpoints } from '../models/folder.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
 import { FormatError } from '../tensor/errors.ts';
-import { readAs, writeAt } from '../tensor/tensor.ts';
+import { type Tensor, writeAt } from '../tensor/tensor.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { Optimizer } from './optimizer.ts';
 
@@ -47,15 +47,14 @@ export async function saveCheckpoint(
   await mkdir(dirname(path), { recursive: true });
   await replaceFolder(path, async (into) => {
     await saveModel(into, parts.model, parts.tokenizer);
-    const { m, v } = parts.optimizer;
     // One at a time: a moment is as large as the model.
     await writeSafetensors(
       join(into, names.optimizer),
-      Object.entries({ m, v }).map(([name, t]) => ({
+      Object.entries(parts.optimizer.state).map(([name, t]) => ({
         name,
-        dtype: 'F32' as const,
+        dtype: fileDType(t),
         shape: [...t.shape],
-        data: () => readAs(t, 'f32'),
+        data: () => t.read() as Promise<Float32Array | Uint8Array>,
       })),
       { step: String(state.step) },
     );
@@ -105,11 +104,11 @@ export async function restoreOptimizer(checkpoint: string, optimizer: Optimizer,
   const path = join(checkpoint, names.optimizer);
   const stored = await openSafetensors(path);
   try {
-    for (const [name, t] of Object.entries({ m: optimizer.m, v: optimizer.v })) {
+    for (const [name, t] of Object.entries(optimizer.state)) {
       const entry = stored.tensors.get(name);
       if (
         entry === undefined ||
-        entry.dtype !== 'F32' ||
+        entry.dtype !== fileDType(t) ||
         entry.shape.length !== 1 ||
         entry.shape[0] !== t.size ||
         stored.metadata.step !== String(state.step)
@@ -125,10 +124,14 @@ export async function restoreOptimizer(checkpoint: string, optimizer: Optimizer,
           },
         );
       }
-      await stored.each(name, (run, from) => writeAt(t, from, run as Float32Array));
+      await stored.each(name, (run, from) => writeAt(t, from, run as Float32Array | Uint8Array));
     }
     optimizer.updates = state.updates;
   } finally {
     await stored.close();
   }
+}
+
+function fileDType(moment: Tensor): 'F32' | 'U8' {
+  return moment.dtype === 'u8' ? 'U8' : 'F32';
 }

@@ -67,7 +67,7 @@ export async function* trainingLoop(
   const { run, model, data, tokenizer } = parts;
   const steps = plannedSteps(run);
   const started = performance.now();
-  const optimizer = createOptimizer(model.parameters, run.optimizer);
+  const optimizer = createOptimizer(model.parameters, { ...run.optimizer, seed: run.seed });
   /** The step that the device works on, not reported yet. */
   let ahead: Reading | undefined;
   try {

@@ -1,18 +1,17 @@
 // AdamW over all parameters of a model at once.
 import { block, type Parameters, type SpecTree } from '../nn/parameters.ts';
 import { fill_ } from '../ops/elementwise.ts';
-import { adamw_ } from '../ops/optimizer.ts';
+import { type AdamWState, adamw_, type Moment8, momentBlock } from '../ops/optimizer.ts';
 import { squaredNorm } from '../ops/reduce.ts';
 import { LimbeckError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { zeroGrad } from '../tensor/tape.ts';
-import { empty, type Tensor, tensor, viewOf } from '../tensor/tensor.ts';
+import { empty, type Tensor, tensor, viewOf, zeros } from '../tensor/tensor.ts';
 import type { RunConfig } from './config.ts';
 
 export interface Optimizer {
-  /** First and second moments, laid out like the parameters. */
-  readonly m: Tensor;
-  readonly v: Tensor;
+  /** What has to be kept for an exact resume, by name: the moments, laid out like the parameters; with 8 bits their scales, too. */
+  readonly state: Readonly<Record<string, Tensor>>;
   /** Updates made so far. */
   updates: number;
   /**
@@ -23,38 +22,61 @@ export interface Optimizer {
   dispose(): void;
 }
 
-export function createOptimizer(parameters: Parameters<SpecTree>, options: RunConfig['optimizer']): Optimizer {
-  const { values, groups, list } = parameters;
+/** Options of AdamW, as in a run. */
+export type OptimizerOptions = Pick<RunConfig['optimizer'], 'beta1' | 'beta2' | 'eps' | 'weightDecay' | 'clip'> &
+  Partial<RunConfig['optimizer']> & {
+    /** Of the rounding of bf16 parameters that have no f32 originals. Default 0. */
+    readonly seed?: number;
+  };
+
+export function createOptimizer(parameters: Parameters<SpecTree>, options: OptimizerOptions): Optimizer {
+  const { values, copies, groups, list } = parameters;
   if (groups.length === 0)
     throw new LimbeckError('optimizer: the parameters are frozen; create or load the model as trainable', { code: 'ERR_FROZEN' });
-  const moment = (): Tensor => {
-    const t = keep(empty(values.shape));
+  const { beta1, beta2, eps, weightDecay, clip, seed, moments = 'f32' } = options;
+  const n = values.size;
+  const f32 = (size: number): Tensor => {
+    const t = keep(empty([size]));
     fill_(t, 0);
     return t;
   };
-  const m = moment();
-  const v = moment();
+  const state: Record<string, Tensor> =
+    moments === 'f32'
+      ? { m: f32(n), v: f32(n) }
+      : {
+          m: keep(zeros([n], 'u8')),
+          v: keep(zeros([n], 'u8')),
+          'm.scale': f32(Math.ceil(n / momentBlock)),
+          'v.scale': f32(Math.ceil(n / momentBlock)),
+        };
   const decay = keep(tensor(parameters.decay));
-  const { beta1, beta2, eps, weightDecay, clip } = options;
+  /** The part of a moment that belongs to a group. */
+  const moment = (name: string, offset: number, size: number): Tensor | Moment8 => {
+    const part = viewOf(state[name]!, [size], offset);
+    const scales = state[`${name}.scale`];
+    if (scales === undefined) return part;
+    return { codes: part, scales: viewOf(scales, [size / momentBlock], offset / momentBlock) };
+  };
   return {
-    m,
-    v,
+    state,
     updates: 0,
     step(learningRate) {
       return scope(() => {
         let norm: Tensor | undefined;
         for (const group of groups) norm = squaredNorm(group.gradient(), norm);
         this.updates++;
-        for (const { offset, size, gradient } of groups) {
-          const part = (t: Tensor): Tensor => viewOf(t, [size], offset);
-          const state = {
-            p: part(values),
+        const rates = tensor(Float64Array.of(learningRate, this.updates));
+        for (const [index, { offset, size, gradient }] of groups.entries()) {
+          const update: AdamWState = {
+            p: viewOf(values, [size], offset),
             g: gradient(),
-            m: part(m),
-            v: part(v),
+            m: moment('m', offset, size),
+            v: moment('v', offset, size),
             decay: viewOf(decay, [size / block], offset / block),
+            copy: copies === undefined ? undefined : viewOf(copies, [size], offset),
           };
-          adamw_(state, norm!, {
+          adamw_(update, norm!, {
+            rates,
             lr: learningRate,
             beta1,
             beta2,
@@ -62,6 +84,7 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: RunCo
             weightDecay,
             clip: clip ?? Number.POSITIVE_INFINITY,
             step: this.updates,
+            ...(seed === undefined ? {} : { seed: seed * 65_537 + index }),
           });
         }
         zeroGrad(list.map((one) => one.tensor));
@@ -69,7 +92,7 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: RunCo
       });
     },
     dispose() {
-      for (const t of [m, v, decay]) t.dispose();
+      for (const t of [...Object.values(state), decay]) t.dispose();
     },
   };
 }

@@ -27,6 +27,7 @@ export async function* pretrain(
   options: LoopOptions = {},
 ): AsyncGenerator<TrainEvent, void, undefined> {
   const run = parseRunOf('pretrain', input);
+  const { master } = run.optimizer;
   startEngine(run);
   const resume = await resumePoint(run);
   let model: LanguageModel | undefined;
@@ -35,9 +36,9 @@ export async function* pretrain(
     let tokenizer: Tokenizer;
     if (resume === undefined) {
       tokenizer = await runTokenizer(run, options.signal);
-      model = createModel(runModelConfig(run, tokenizer), { seed: run.seed });
+      model = createModel(runModelConfig(run, tokenizer), { seed: run.seed, master });
     } else {
-      ({ model, tokenizer } = await loadModel(resume, { trainable: true }));
+      ({ model, tokenizer } = await loadModel(resume, { trainable: true, master }));
     }
     data = await openDataset(datasetOptions(run, tokenizer, options.signal));
     const own = model;

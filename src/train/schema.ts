@@ -136,6 +136,14 @@ function makeSchemas() {
       beta2: z.number().min(0).lt(1).default(0.95).describe('Decay of the second moment. Default 0.95.'),
       eps: positive().default(1e-8).describe('Added to the root of the second moment. Default 1e-8.'),
       weightDecay: z.number().min(0).default(0.1).describe('Decoupled decay of matrices; norms are left out. Default 0.1.'),
+      moments: z
+        .enum(['f32', '8bit'])
+        .default('f32')
+        .describe('How moments are kept; 8bit takes 2 bytes a parameter instead of 8. Default "f32".'),
+      master: z
+        .boolean()
+        .default(true)
+        .describe('On a GPU: f32 originals of the bf16 weights; without them updates are rounded by chance. Default true.'),
       clip: positive().nullable().default(1).describe('Largest global gradient norm; null for no clipping. Default 1.'),
     })
     .describe('AdamW (arXiv:1711.05101).');
@@ -145,7 +153,7 @@ function makeSchemas() {
     name: z.string().min(1).default('run').describe('Name shown in reports. Default "run".'),
     output: z.string().min(1).describe('Folder for checkpoints, metrics and the report; made if missing.'),
     seed: z.int().min(0).default(0).describe('Seed of initial weights, order of data and samples. Default 0.'),
-    device: z.string().min(1).default('cpu').describe('Where tensors live. Default "cpu".'),
+    device: z.enum(['cpu', 'cuda']).default('cpu').describe('Where tensors live: "cpu" or "cuda". Default "cpu".'),
     threads: count().optional().describe('Threads of the CPU backend. Default: the cores of the machine.'),
     data: dataSchema.describe('Training and validation text. Paths are relative to the run file.'),
     model: z

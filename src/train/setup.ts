@@ -7,25 +7,21 @@ import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
 import type { Gemma2Config } from '../models/gemma2.ts';
 import { modelConfig } from '../models/model.ts';
-import { init, native, started } from '../tensor/engine.ts';
-import { ConfigError, DeviceError } from '../tensor/errors.ts';
+import { currentDevice, init, native, started } from '../tensor/engine.ts';
+import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../tokenizer/train.ts';
 import type { RunConfig } from './config.ts';
 
 /** Starts the engine as the run wants it, unless it runs already. */
 export function startEngine(run: RunConfig): void {
-  if (run.device !== 'cpu') {
-    throw new DeviceError(`${run.name}: device is '${run.device}'; this version computes on 'cpu' only`, {
-      code: 'ERR_DEVICE',
-      op: 'init',
-      argument: 'device',
-      expected: 'cpu',
-      actual: run.device,
-    });
-  }
   if (!started()) {
-    init(run.threads === undefined ? {} : { threads: run.threads });
+    init({ device: run.device, ...(run.threads === undefined ? {} : { threads: run.threads }) });
+  } else if (run.device !== currentDevice()) {
+    throw new ConfigError(
+      `${run.name}: device is ${run.device}, but this process computes on ${currentDevice()}; call init({ device: '${run.device}' }) before anything else`,
+      { code: 'ERR_CONFIG', op: 'init', argument: 'device', expected: currentDevice(), actual: run.device },
+    );
   } else if (run.threads !== undefined && native().info().threads !== run.threads) {
     throw new ConfigError(
       `${run.name}: threads is ${run.threads}, but the engine of this process runs with ${native().info().threads}; leave it out or start anew`,

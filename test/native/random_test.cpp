@@ -6,7 +6,7 @@
 using limbeck::philox;
 
 TEST(philox_known_answers) {
-  using Block = std::array<uint32_t, 4>;
+  using Block = limbeck::Words<4>;
   CHECK((philox({0, 0, 0, 0}, {0, 0}) == Block{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
   constexpr uint32_t ones = 0xffffffff;
   CHECK((philox({ones, ones, ones, ones}, {ones, ones}) == Block{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
