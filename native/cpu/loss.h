@@ -42,9 +42,9 @@ struct HeadShape {
     ld = (v + 15) / 16 * 16 + 16;
     slots = (v + kSlot - 1) / kSlot;
     // Each chunk reads w twice and adds to all of dw. Where they stay in the shared cache 256 tokens are enough for that to cost
-    // little; else 68 MiB of logits, and up to 160 MiB where that is few tokens.
-    constexpr int64_t kUsual = 68 << 20, kLarge = 160 << 20, kEnough = 512, kCached = 16 << 20;
-    const int64_t most = v * c * 4 <= kCached ? 256 : 1024;
+    // little; else up to 512, as many as 88 MiB of logits hold, or up to 160 MiB where that is few.
+    constexpr int64_t kUsual = 88 << 20, kLarge = 160 << 20, kEnough = 256, kCached = 16 << 20;
+    const int64_t most = v * c * 4 <= kCached ? 256 : 512;
     const int64_t row_bytes = buffers * ld * 4, usual = kUsual / row_bytes, large = kLarge / row_bytes;
     rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
     rows = rows > most ? most : rows < 16 ? 16 : rows / 16 * 16;

@@ -230,12 +230,26 @@ export interface ForwardOptions {
  */
 export function gemma2Hidden(p: Gemma2Parameters, c: Gemma2Config, input: ModelInput, options: ForwardOptions = {}): Tensor {
   const table = ropeTable(input.positions, { headSize: c.headSize, base: c.ropeBase });
-  let x = embedding(input.ids, p.embed, { scale: Math.sqrt(c.width) });
+  let x = embedding(input.ids, p.embed, { scale: Math.sqrt(c.width), cheap: isCheap(c, 0) });
+  const next = (y: Tensor): void => {
+    x.dispose();
+    x = y;
+  };
   for (const [i, layer] of p.layers.entries()) {
     const run = (h: Tensor): Tensor => gemma2Layer(layer, c, i, h, table, input);
-    x = options.recompute === true ? recompute(run, x) : scope(() => run(x));
+    next(options.recompute === true ? recompute(run, x) : scope(() => run(x)));
   }
-  return rmsNorm(x, p.norm, { eps: c.normEps, offset: 1 });
+  next(rmsNorm(x, p.norm, { eps: c.normEps, offset: 1 }));
+  return x;
+}
+
+/**
+ * Whether the residual stream before layer `i` is made again in the backward pass: a pass over memory for each sum since the last that was
+ * kept. Every sixth is, counted from the last layer's: memory is fullest at the end, and the sums of six layers are less than what
+ * the backward pass of one layer frees.
+ */
+function isCheap(c: Gemma2Config, i: number): boolean {
+  return (c.layers - 1 - i) % 6 !== 0;
 }
 
 /** One layer: attention and feed-forward, each normed before and after, added to the residual stream. */
@@ -258,5 +272,8 @@ function gemma2Layer(p: LayerParameters, c: Gemma2Config, index: number, x: Tens
   const y = rmsNormAdd(linear(reshape(mixed, [b, t, -1]), a.output), a.postNorm, x, { ...norm, cheap: true });
 
   const g = rmsNorm(y, f.norm, norm);
-  return rmsNormAdd(gatedLinear(linear(g, f.gate), linear(g, f.up), f.down, { activation: 'gelu' }), f.postNorm, y, norm);
+  return rmsNormAdd(gatedLinear(linear(g, f.gate), linear(g, f.up), f.down, { activation: 'gelu' }), f.postNorm, y, {
+    ...norm,
+    cheap: isCheap(c, index + 1),
+  });
 }

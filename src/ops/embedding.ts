@@ -9,6 +9,8 @@ const embed = op({
 export interface EmbeddingOptions {
   /** What each row is multiplied by: √C in Gemma. Default 1. */
   readonly scale?: number;
+  /** Make the rows again in the backward pass instead of keeping them. Default false. */
+  readonly cheap?: boolean;
 }
 
 /**
@@ -18,6 +20,6 @@ export interface EmbeddingOptions {
  * @returns [* C]
  * @throws DataError `ERR_TOKEN_RANGE`, at the next read, when an id is not in 0 .. V-1; it names the id and its position.
  */
-export function embedding(ids: Tensor, table: Tensor, { scale = 1 }: EmbeddingOptions = {}): Tensor {
-  return embed(ids, table, scale)[0]!;
+export function embedding(ids: Tensor, table: Tensor, { scale = 1, cheap = false }: EmbeddingOptions = {}): Tensor {
+  return embed(ids, table, scale, { cheap })[0]!;
 }
