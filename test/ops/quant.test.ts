@@ -7,7 +7,7 @@ import { parameter, type Tensor, tensor, zeros } from '../../src/tensor/tensor.t
 import { type Array64, array, checkOp, type Input, randomNumbers } from './check.ts';
 
 /** The value of an e4m3 code, from the definition of the format. */
-function valueOf(code: number): number {
+function numberOf(code: number): number {
   const [exponent, fraction] = [(code >> 3) & 15, code & 7];
   if ((code & 127) === 127) return Number.NaN;
   const magnitude = exponent === 0 ? fraction * 2 ** -9 : (1 + fraction / 8) * 2 ** (exponent - 7);
@@ -20,14 +20,14 @@ function codeOf(x: number): number {
   if (Number.isNaN(x)) return sign | 127;
   let best = 0;
   for (let code = 1; code < 127; code++) {
-    const [nearer, old] = [Math.abs(valueOf(code) - Math.abs(x)), Math.abs(valueOf(best) - Math.abs(x))];
+    const [nearer, old] = [Math.abs(numberOf(code) - Math.abs(x)), Math.abs(numberOf(best) - Math.abs(x))];
     if (nearer < old || (nearer === old && code % 2 === 0)) best = code;
   }
   return sign | best;
 }
 
 const scaleOf = (row: Float64Array): number => {
-  const largest = row.reduce((a, x) => (Math.abs(x) > a ? Math.abs(x) : a), 0);
+  const largest = row.reduce((a, x) => (Number.isNaN(x) ? a : Math.max(a, Math.abs(x))), 0);
   return Math.max(Math.fround(largest / 448), 2 ** -100);
 };
 
@@ -37,7 +37,7 @@ function quantized(w: Array64): { codes: Float64Array; scale: Float64Array; valu
   const rows = k === 0 ? w.shape.slice(0, -1).reduce((a, b) => a * b, 1) : w.data.length / k;
   const scale = Float64Array.from({ length: rows }, (_, i) => scaleOf(w.data.subarray(i * k, i * k + k)));
   const codes = w.data.map((x, i) => codeOf(Math.fround(x * Math.fround(1 / scale[Math.floor(i / k)]!))));
-  return { codes, scale, values: codes.map((code, i) => valueOf(code) * scale[Math.floor(i / k)]!) };
+  return { codes, scale, values: codes.map((code, i) => numberOf(code) * scale[Math.floor(i / k)]!) };
 }
 
 const sizes = [
@@ -105,12 +105,12 @@ async function codesOf(numbers: readonly number[]): Promise<number[]> {
 
 test('every code is the code of its value', async () => {
   const codes = Array.from({ length: 256 }, (_, i) => i).filter((code) => (code & 127) !== 127);
-  expect(await codesOf(codes.map(valueOf))).toEqual(codes);
+  expect(await codesOf(codes.map(numberOf))).toEqual(codes);
 });
 
 test('between two values the nearest is taken, at the middle the even code', async () => {
   const below = Array.from({ length: 126 }, (_, i) => i);
-  const middle = below.map((code) => (valueOf(code) + valueOf(code + 1)) / 2);
+  const middle = below.map((code) => (numberOf(code) + numberOf(code + 1)) / 2);
   const near = (x: number, by: number): number => Math.fround(x * (1 + by));
   expect(await codesOf(middle)).toEqual(below.map((code) => code + (code % 2)));
   expect(await codesOf(middle.map((x) => near(x, -2e-7)))).toEqual(below);
@@ -127,7 +127,7 @@ test('an element is off by 1/16 of itself, or by 2^-18 of the largest of its row
   const [codes, [scale]] = [(await q.codes.read()) as Uint8Array, await q.scale.read()];
   for (const t of [w, q.codes, q.scale]) t.dispose();
   row.forEach((x, i) => {
-    const error = Math.abs(valueOf(codes[i]!) * (scale as number) - x);
+    const error = Math.abs(numberOf(codes[i]!) * (scale as number) - x);
     expect(error).toBeLessThanOrEqual(1.0001 * Math.max(Math.abs(x) / 16, largest / 448 / 1024));
   });
 });
