@@ -1,0 +1,94 @@
+// Rotary position embedding in the half-split (NEOX) layout: dims i and i + d/2 turn together by position * base^(-2i/d).
+// B batch, T tokens, H heads, D head size.
+#include "core/fail.h"
+#include "cuda/lanes.cuh"
+
+namespace limbeck::cuda {
+
+static void check_even(const Call& call, int64_t d, const char* argument) {
+  if (d > 0 && d % 2 == 0) return;
+  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
+       text("the head size is %lld, but rotary embedding turns pairs: it must be even and positive", static_cast<long long>(d)),
+       text("an even number"), text("%lld", static_cast<long long>(d)));
+}
+
+struct Frequency {
+  double* frequency;
+  double base;
+  int64_t d;
+  __device__ __forceinline__ void operator()(int64_t i, Lanes<1>) const {
+    frequency[i] = pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+  }
+};
+
+struct Table {
+  const int32_t* positions;
+  const double* frequency;
+  int64_t half;
+  float* table;
+  __device__ __forceinline__ void operator()(int64_t at, Lanes<1>) const {
+    const auto [row, i] = divide(at, half);
+    double sine, cosine;
+    sincos(positions[row] * frequency[i], &sine, &cosine);
+    table[row * 2 * half + i] = static_cast<float>(cosine);
+    table[row * 2 * half + half + i] = static_cast<float>(sine);
+  }
+};
+
+// rope_table(positions[*]:i32, d, base) -> table[* d]:f32: cosines, then sines; angles in float64.
+static void rope_table(const Call& call) {
+  const int64_t d = call.out[0].cols(), half = d / 2;
+  check_even(call, d, "d");
+  double* frequency = static_cast<double*>(call.workspace);
+  if (!call.out[0]) return;
+  for_elements<1>(call, half, false, Frequency{frequency, call.scalar[1], d});
+  for_elements<1>(call, call.in[0].size() * half, false, Table{call.in[0].as<int32_t>(), frequency, half, call.out[0].as<float>()});
+}
+
+static size_t rope_table_bytes(const Call& call) {
+  return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
+}
+
+// Element `at` of all first halves, with its partner. y may be x: a pair is read before it is written.
+template <class T>
+struct Rotate {
+  const T* x;
+  const float* table;
+  int64_t heads, half;
+  float direction;
+  Sink<T> y;
+  template <class L>
+  __device__ __forceinline__ void operator()(int64_t at, L lanes) const {
+    const auto [head, i] = divide(at, half);
+    const int64_t row = divide(head, heads).quotient, first = head * 2 * half + i;
+    const float* angles = table + row * 2 * half + i;
+    const auto a = lanes.get(x + first), b = lanes.get(x + first + half);
+    const auto c = lanes.get(angles), s = lanes.get(angles + half) * direction;
+    y.put(first, lanes, a * c - b * s);
+    y.put(first + half, lanes, b * c + a * s);
+  }
+};
+
+template <class T>
+static void rotate(const Call& call, double direction) {
+  constexpr int N = kVector<T>;
+  const View& x = call.in[0];
+  const int64_t heads = x.dims[2], d = x.dims[3], half = d / 2;
+  check_even(call, d, "x");
+  const Rotate<T> body{x.as<T>(), call.in[1].as<float>(), heads, half, static_cast<float>(direction), Sink<T>(call, 0)};
+  if (!body.y.data) return;
+  for_elements<N>(call, x.size() / 2, half % N == 0 && aligned(body.x, body.table, body.y.data), body);
+}
+
+// rope(x[b t h d], table[b t d]:f32, direction) -> y[b t h d]
+template <class T>
+static void rope(const Call& call) { rotate<T>(call, call.scalar[0]); }
+
+// rope_backward(dy[b t h d], table[b t d]:f32, direction) -> dx[b t h d]+: a rotation's gradient turns the other way.
+template <class T>
+static void rope_backward(const Call& call) { rotate<T>(call, -call.scalar[0]); }
+
+}  // namespace limbeck::cuda
+
+LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope", by_dtype<rope<float>, rope<bf16>>},
+                {"rope_backward", by_dtype<rope_backward<float>, rope_backward<bf16>>})
