@@ -1,11 +1,13 @@
 // Rows of a table by number. The gradient sums rows with equal ids in token order, so that its bits are the same in every run: ids are
 // sorted (a stable radix sort, 8 bits a pass), the sorted tokens are cut into chunks of 32, each chunk sums its runs of equal ids, and
 // runs that cross chunks are added in order. Its cost depends on the tokens, not on how often an id repeats.
+#include "cuda/fault.h"
 #include "cuda/lanes.cuh"
 
 namespace limbeck::cuda {
 
-// A row for an id outside the table is NaN.
+static FaultCheck table_check(const Call& call, int64_t v) { return {device_of(call).fault, FaultKind::table_row, call.op, v}; }
+
 template <class T>
 struct Embed {
   const int32_t* ids;
@@ -13,11 +15,13 @@ struct Embed {
   int64_t v, c;
   float scale;
   Sink<T> y;
+  FaultCheck check;
   template <class L>
   __device__ __forceinline__ void operator()(int64_t at, L lanes) const {
     const auto [row, i] = divide(at, c);
     const int32_t id = ids[row];
     const bool inside = id >= 0 && id < v;
+    if (!inside && i == 0) check.refuse(row, id);
     y.put(at, lanes, inside ? lanes.get(table + id * c + i) * scale : splat<L::count>(NAN));
   }
 };
@@ -27,7 +31,8 @@ template <class T>
 static void embedding(const Call& call) {
   const View &ids = call.in[0], &table = call.in[1];
   const int64_t v = table.dims[0], c = table.dims[1];
-  const Embed<T> body{ids.as<int32_t>(), table.as<T>(), v, c, static_cast<float>(call.scalar[0]), Sink<T>(call, 0)};
+  const Embed<T> body{ids.as<int32_t>(), table.as<T>(), v, c, static_cast<float>(call.scalar[0]), Sink<T>(call, 0),
+                      table_check(call, v)};
   if (body.y.data) for_elements<kVector<T>>(call, ids.size() * c, c % kVector<T> == 0 && aligned(body.table, body.y.data), body);
 }
 
@@ -49,13 +54,17 @@ struct Keys {
 };
 
 // counts[digit, tile]: how many keys of a tile have the digit.
-static __global__ void __launch_bounds__(kDigits) sort_count_kernel(int64_t n, Keys from, int shift, int32_t* counts) {
+static __global__ void __launch_bounds__(kDigits) sort_count_kernel(int64_t n, Keys from, int shift, FaultCheck check, int32_t* counts) {
   Shared shared;
   auto* count = shared.take<int>(kDigits);
   count[threadIdx.x] = 0;
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTile, end = begin + kTile < n ? begin + kTile : n;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kDigits) atomicAdd(&count[from.key_at(i) >> shift & (kDigits - 1)], 1);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kDigits) {
+    const uint32_t key = from.key_at(i);
+    if (from.ids && key == from.v) check.refuse(i, from.ids[i]);
+    atomicAdd(&count[key >> shift & (kDigits - 1)], 1);
+  }
   __syncthreads();
   counts[static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x] = count[threadIdx.x];
 }
@@ -250,7 +259,7 @@ static void embedding_backward(const Call& call) {
   Keys from = first;
   for (int shift = 0, pass = 0; pass == 0 || (v >> shift) > 0; shift += 8, ++pass) {
     const Keys to = buffer[pass % 2];
-    launch(call, Grid{tiles, dim3(kDigits), kDigits * sizeof(int)}, sort_count_kernel, n, from, shift, counts);
+    launch(call, Grid{tiles, dim3(kDigits), kDigits * sizeof(int)}, sort_count_kernel, n, from, shift, table_check(call, v), counts);
     launch(call, Grid{dim3(1), dim3(room.tiles > 1 ? kRowThreads : kDigits), kWarp * sizeof(int)}, sort_scan_kernel, kDigits * room.tiles, counts);
     launch(call, Grid{tiles, dim3(kDigits), kSortWarps * kDigits * sizeof(int)}, sort_move_kernel, n, from, shift, counts, to);
     from = to;

@@ -1,5 +1,6 @@
 // Rearrangements that have to move bytes. The package reshapes to the few forms below: o and i are all dims before and after.
 #include "core/fail.h"
+#include "cuda/fault.h"
 #include "cuda/lanes.cuh"
 
 namespace limbeck::cuda {
@@ -168,37 +169,50 @@ static void slice_backward(const Call& call) {
   for_elements<N>(call, x.size(), (body.row | body.start | body.run) % N == 0 && aligned(body.dy, body.dx), body);
 }
 
-// ---- One element of each row. Where an index lies outside the row it is NaN, and takes no gradient.
+// ---- One element of each row.
+
+struct Index {
+  const int32_t* ids;
+  int64_t c;
+  FaultCheck check;
+  explicit Index(const Call& call, const View& x, const View& ids)
+      : ids(ids.as<int32_t>()), c(x.cols()), check{device_of(call).fault, FaultKind::row_index, call.op, x.cols()} {}
+  // Whether the row's index lies in the row.
+  __device__ __forceinline__ bool inside(int64_t row) const {
+    const int32_t id = ids[row];
+    if (id >= 0 && id < c) return true;
+    check.refuse(row, id);
+    return false;
+  }
+};
 
 template <class T>
 struct Pick {
   const T* x;
-  const int32_t* ids;
-  int64_t c;
+  Index index;
   T* y;
   __device__ __forceinline__ void operator()(int64_t row, Lanes<1> lanes) const {
-    const int32_t id = ids[row];
-    lanes.put(y + row, id >= 0 && id < c ? lanes.get(x + row * c + id) : splat<1>(NAN));
+    lanes.put(y + row, index.inside(row) ? lanes.get(x + row * index.c + index.ids[row]) : splat<1>(NAN));
   }
 };
 
 // pick(x[* c], ids[*]:i32) -> y[*]
 template <class T>
 static void pick(const Call& call) {
-  const Pick<T> body{call.in[0].as<T>(), call.in[1].as<int32_t>(), call.in[0].cols(), call.out[0].as<T>()};
+  const Pick<T> body{call.in[0].as<T>(), Index(call, call.in[0], call.in[1]), call.out[0].as<T>()};
   if (body.y) for_elements<1>(call, call.in[0].rows(), false, body);
 }
 
 template <class T>
 struct PickBackward {
   const T* dy;
-  const int32_t* ids;
-  int64_t c;
+  Index index;
   T* dx;
   template <class L>
   __device__ __forceinline__ void operator()(int64_t at, L lanes) const {
-    const auto [row, i] = divide(at, c);
-    const int64_t j = ids[row] - i;
+    const auto [row, i] = divide(at, index.c);
+    const int64_t j = index.ids[row] - i;
+    if (i == 0) index.inside(row);
     auto v = splat<L::count>(0);
     if (j >= 0 && j < L::count) {
       const float d = to_float(dy[row]);
@@ -211,12 +225,12 @@ struct PickBackward {
 template <class T>
 struct PickAccumulate {
   const T* dy;
-  const int32_t* ids;
-  int64_t c;
+  Index index;
   T* dx;
   __device__ __forceinline__ void operator()(int64_t row, Lanes<1> lanes) const {
-    const int32_t id = ids[row];
-    if (id >= 0 && id < c) lanes.put(dx + row * c + id, lanes.get(dx + row * c + id) + lanes.get(dy + row));
+    if (!index.inside(row)) return;
+    T* to = dx + row * index.c + index.ids[row];
+    lanes.put(to, lanes.get(to) + lanes.get(dy + row));
   }
 };
 
@@ -224,15 +238,15 @@ struct PickAccumulate {
 template <class T>
 static void pick_backward(const Call& call) {
   constexpr int N = kVector<T>;
-  const int64_t rows = call.in[1].rows(), c = call.in[1].cols();
+  const View& x = call.in[1];
   const T* dy = call.in[0].as<T>();
-  const int32_t* ids = call.in[2].as<int32_t>();
+  const Index index(call, x, call.in[2]);
   const Sink<T> dx(call, 0);
   if (!dx.data) return;
   if (dx.accumulate)
-    for_elements<1>(call, rows, false, PickAccumulate<T>{dy, ids, c, dx.data});
+    for_elements<1>(call, x.rows(), false, PickAccumulate<T>{dy, index, dx.data});
   else
-    for_elements<N>(call, rows * c, c % N == 0 && aligned(dx.data), PickBackward<T>{dy, ids, c, dx.data});
+    for_elements<N>(call, x.size(), x.cols() % N == 0 && aligned(dx.data), PickBackward<T>{dy, index, dx.data});
 }
 
 }  // namespace limbeck::cuda
