@@ -10,24 +10,28 @@ enum class Gate { gelu_tanh = 0, silu = 1 };  // the numbers that signatures use
 constexpr float kGelu = 1.5957691216057308f;  // 2 sqrt(2/pi)
 constexpr float kGeluCube = 0.044715f * kGelu;
 
-LIMBECK_INLINE Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+// T is a Vec or a Pair. For products with x: of NaN it is 1, and it is never quite zero.
+template <class T>
+LIMBECK_INLINE T sigmoid(T x) {
+  return 1.f / (1.f + exp_inside(clamp(-x, -87.f, 88.f)));
+}
 
-template <Gate G>
-LIMBECK_INLINE Vec gate_value(Vec x) {
+template <Gate G, class T>
+LIMBECK_INLINE T gate_value(T x) {
   if constexpr (G == Gate::gelu_tanh) return x * sigmoid(x * (x * x * kGeluCube + kGelu));
   return x * sigmoid(x);
 }
 
 // Value and slope with one exponential.
-template <Gate G>
-LIMBECK_INLINE void gate_slope(Vec x, Vec& value, Vec& slope) {
+template <Gate G, class T>
+LIMBECK_INLINE void gate_slope(T x, T& value, T& slope) {
   if constexpr (G == Gate::gelu_tanh) {
-    const Vec c = min(max(x, splat(-20.f)), splat(20.f));  // saturated long before; keeps c * c finite
-    const Vec s = sigmoid(c * (c * c * kGeluCube + kGelu));
+    const T c = clamp(x, -20.f, 20.f);  // saturated long before; keeps c * c finite
+    const T s = sigmoid(c * (c * c * kGeluCube + kGelu));
     value = x * s;
-    slope = s + value * (1.f - s) * (c * c * (3.f * kGeluCube) + kGelu);
+    slope = s + s * (1.f - s) * (c * (c * c * (3.f * kGeluCube) + kGelu));
   } else {
-    const Vec s = sigmoid(x);
+    const T s = sigmoid(x);
     value = x * s;
     slope = s + value * (1.f - s);
   }

@@ -37,6 +37,7 @@ constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlotA = 1, kSlotB = 2;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t whole(int64_t n) { return ceil_div(n, W) * W; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // k is cut evenly; a part is at most KC.
@@ -70,64 +71,107 @@ struct LoadGated {
 
 // ---- Packing ----
 
-// A matrix is packed in bands of lanes (rows of A, columns of B), each band [depth][ld] with ld at least its number of lanes: strips
-// of A have no padding, slivers of B are padded with zeros to whole vectors.
-struct Bands {
-  int64_t count, width, wide;  // the first `wide` bands have width + 1 lanes, the last band ends at `lanes`
-  int64_t lanes;
-  bool padded;
+// Strips of A: as even as possible, since one that is a little lower costs nothing and an almost empty one costs much.
+struct Strips {
+  int64_t count, height, high;  // the first `high` strips have height + 1 rows
 
-  // As even as possible: a strip that is a little lower costs nothing, an almost empty one costs much.
-  static Bands strips(int64_t rows) {
-    const int64_t count = ceil_div(rows, MR);
-    return {count, rows / count, rows % count, rows, false};
-  }
-  static Bands slivers(int64_t cols) { return {ceil_div(cols, NR), NR, 0, cols, true}; }
-  int64_t at(int64_t s) const { return s * width + least(s, wide); }
-  int64_t of(int64_t s) const { return least(lanes - at(s), width + (s < wide)); }
-  int64_t stride(int64_t s) const { return padded ? ceil_div(of(s), W) * W : of(s); }
+  explicit Strips(int64_t rows) : count(ceil_div(rows, MR)), height(rows / count), high(rows % count) {}
+  int64_t at(int64_t s) const { return s * height + least(s, high); }
+  int64_t of(int64_t s) const { return height + (s < high); }
+  int64_t step() const { return whole(height + (high > 0)); }
 };
 
-// Writes n <= W lanes of a strip. Whole vectors are fastest: what spills over lies in the next row, which is written later.
-LIMBECK_INLINE void put(float* d, Vec v, int64_t n, bool spill) {
-  if (spill) {
-    store(d, v);
-  } else {
-    float lane[W];
-    store(lane, v);
-    for (int64_t i = 0; i < n; ++i) d[i] = lane[i];
-  }
+// Slivers of B: [depth][NR] one after the other, the last one padded with zeros to whole vectors.
+struct Slivers {
+  int64_t count, cols;
+
+  explicit Slivers(int64_t cols) : count(ceil_div(cols, NR)), cols(cols) {}
+  int64_t at(int64_t s) const { return s * NR; }
+  int64_t of(int64_t s) const { return least(NR, cols - s * NR); }
+  int64_t stride(int64_t s) const { return ceil_div(of(s), W) * W; }
+};
+
+// Calls body(source) with the loader of a matrix.
+template <class Body>
+void with_loader(const Matrix& x, Body&& body) {
+  if (x.up && x.gate == static_cast<int>(Gate::silu)) body(LoadGated<Gate::silu>{static_cast<const float*>(x.data), x.up});
+  else if (x.up) body(LoadGated<Gate::gelu_tanh>{static_cast<const float*>(x.data), x.up});
+  else if (x.dtype == DType::bf16) body(LoadBf16{static_cast<const uint16_t*>(x.data)});
+  else body(LoadF32{static_cast<const float*>(x.data)});
 }
 
-// Lanes are contiguous: rows of the source are read along, for all bands, a few at a time.
+// A is read one number at a time, so that it is copied as it lies and never transposed. A strip is [depth / W][rows][W] where k is
+// contiguous, else [depth][step].
+bool along_depth(const Matrix& a) { return a.row_stride != 1; }
+
+void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
+  const int64_t at = i0 * a.row_stride + p0 * a.col_stride;
+  const Strips strips(rows);
+  with_loader(a, [&](auto source) {
+    if (along_depth(a)) {
+      constexpr int64_t kAhead = 2;
+      for (int64_t s = 0; s < strips.count; ++s) {
+        const int64_t height = strips.of(s);
+        float* d = dst + strips.at(s) * whole(depth);
+        for (int64_t r = 0; r < height; ++r) {
+          const int64_t from = at + (strips.at(s) + r) * a.row_stride;
+          int64_t p = 0;
+          for (; p + W <= depth; p += W) {
+            source.fetch(from + p + kAhead * a.row_stride);
+            store(d + p * height + r * W, source(from + p));
+          }
+          if (p < depth) store(d + p * height + r * W, source.part(from + p, depth - p));
+        }
+      }
+    } else {
+      constexpr int64_t kAhead = 16;
+      const int64_t step = strips.step();
+      for (int64_t p = 0; p < depth; ++p) {
+        const int64_t from = at + p * a.col_stride;
+        for (int64_t s = 0; s < strips.count; ++s)
+          for (int64_t l = 0; l < step; l += W) {
+            const int64_t i = strips.at(s) + l;
+            source.fetch(from + i + kAhead * a.col_stride);
+            store(dst + (s * depth + p) * step + l, i + W <= rows ? source(from + i) : i < rows ? source.part(from + i, rows - i) : Vec{});
+          }
+      }
+    }
+  });
+}
+
+// B, with contiguous columns: its rows are read along, a few at a time.
 template <class Load>
-void pack_lanes(Load source, int64_t at, int64_t stride, Bands bands, int64_t depth, float* dst) {
+void pack_columns(Load source, int64_t at, int64_t stride, int64_t cols, int64_t depth, float* dst) {
   constexpr int64_t kRows = 8, kAhead = 16;
+  const Slivers slivers(cols);
   for (int64_t p0 = 0; p0 < depth; p0 += kRows) {
     const int64_t rows = least(kRows, depth - p0);
-    for (int64_t s = 0; s < bands.count; ++s) {
-      const int64_t first = bands.at(s), lanes = bands.of(s), ld = bands.stride(s);
-      const bool inside = first + ceil_div(lanes, W) * W <= bands.lanes;  // whole vectors can be read
+    for (int64_t s = 0; s < slivers.count; ++s) {
+      const int64_t first = slivers.at(s), n = slivers.of(s), ld = slivers.stride(s);
       int64_t from = at + p0 * stride + first;
       float* d = dst + first * depth + p0 * ld;
-      for (int64_t p = 0; p < rows; ++p, from += stride, d += ld) {
-        const bool spill = bands.padded || p0 + p + 1 < depth;
-        for (int64_t l = 0; l < lanes; l += W) {
-          const int64_t n = lanes - l;
-          source.fetch(from + l + kAhead * stride);
-          const Vec v = inside || n >= W ? source(from + l) : source.part(from + l, n);
-          put(d + l, v, n, spill || n >= W);
+      if (n == NR) {
+        for (int64_t p = 0; p < rows; ++p, from += stride, d += NR) {
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) {
+            source.fetch(from + v * W + kAhead * stride);
+            store(d + v * W, source(from + v * W));
+          }
         }
+      } else {
+        for (int64_t p = 0; p < rows; ++p, from += stride, d += ld)
+          for (int64_t j = 0; j < n; j += W) store(d + j, n - j >= W ? source(from + j) : source.part(from + j, n - j));
       }
     }
   }
 }
 
-// k is contiguous: W x W blocks are transposed in registers.
+// B, with contiguous k: W x W blocks are transposed in registers.
 template <class Load>
-void pack_depth(Load source, int64_t at, int64_t stride, Bands bands, int64_t depth, float* dst) {
-  for (int64_t s = 0; s < bands.count; ++s) {
-    const int64_t first = bands.at(s), lanes = bands.of(s), ld = bands.stride(s);
+void pack_depth(Load source, int64_t at, int64_t stride, int64_t cols, int64_t depth, float* dst) {
+  const Slivers slivers(cols);
+  for (int64_t s = 0; s < slivers.count; ++s) {
+    const int64_t first = slivers.at(s), lanes = slivers.of(s), ld = slivers.stride(s);
     for (int64_t p = 0; p < depth; p += W) {
       const int64_t n = depth - p;
       for (int64_t l = 0; l < lanes; l += W) {
@@ -136,49 +180,40 @@ void pack_depth(Load source, int64_t at, int64_t stride, Bands bands, int64_t de
         if (n >= W && rows >= W) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
-            source.fetch(from + (i + lanes) * stride);  // the next band
+            source.fetch(from + (i + lanes) * stride);  // the next sliver
             v[i] = source(from + i * stride);
           }
-        } else if (n >= W) {
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            source.fetch(from + (i + lanes) * stride);
-            v[i] = i < rows ? source(from + i * stride) : Vec{};
-          }
         } else {
-          for (int i = 0; i < W; ++i) v[i] = i < rows ? source.part(from + i * stride, n) : Vec{};
+          for (int i = 0; i < W; ++i) v[i] = i < rows ? source.part(from + i * stride, least(n, W)) : Vec{};
         }
         transpose(v);
         float* d = dst + first * depth + p * ld + l;
-        // A second vector of a strip must not spill into the next row, which has its first lanes already.
-        const bool spill = bands.padded || MR <= W || l == 0 || rows >= W;
-        if (n >= W && spill) {
+        if (n >= W) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) store(d + i * ld, v[i]);
         } else {
-          for (int i = 0; i < least(n, W); ++i) put(d + i * ld, v[i], rows, spill);
+          for (int64_t i = 0; i < n; ++i) store(d + i * ld, v[i]);
         }
       }
     }
   }
 }
 
-void pack(const Matrix& x, int64_t at, int64_t lane_stride, int64_t k_stride, Bands bands, int64_t depth, float* dst) {
-  const auto go = [&](auto source) {
-    if (lane_stride == 1) pack_lanes(source, at, k_stride, bands, depth, dst);
-    else pack_depth(source, at, lane_stride, bands, depth, dst);
-  };
-  if (x.up && x.gate == static_cast<int>(Gate::silu)) go(LoadGated<Gate::silu>{static_cast<const float*>(x.data), x.up});
-  else if (x.up) go(LoadGated<Gate::gelu_tanh>{static_cast<const float*>(x.data), x.up});
-  else if (x.dtype == DType::bf16) go(LoadBf16{static_cast<const uint16_t*>(x.data)});
-  else go(LoadF32{static_cast<const float*>(x.data)});
+void pack_b(const Matrix& b, int64_t p0, int64_t depth, int64_t j0, int64_t cols, float* dst) {
+  const int64_t at = p0 * b.row_stride + j0 * b.col_stride;
+  with_loader(b, [&](auto source) {
+    if (b.col_stride == 1) pack_columns(source, at, b.row_stride, cols, depth, dst);
+    else pack_depth(source, at, b.col_stride, cols, depth, dst);
+  });
 }
 
-void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
-  pack(a, i0 * a.row_stride + p0 * a.col_stride, a.row_stride, a.col_stride, Bands::strips(rows), depth, dst);
-}
-void pack_b(const Matrix& b, int64_t p0, int64_t depth, int64_t j0, int64_t cols, float* dst) {
-  pack(b, p0 * b.row_stride + j0 * b.col_stride, b.col_stride, b.row_stride, Bands::slivers(cols), depth, dst);
+// Columns [j0, j0 + cols) and `deep` rows from p0, in parts.
+void pack_panel(ThreadPool& threads, const Matrix& b, int64_t p0, int64_t deep, int64_t part, int64_t j0, int64_t cols, float* panel) {
+  const int64_t parts = ceil_div(deep, part), groups = ceil_div(cols, kGroup * NR);
+  threads.parallel(parts * groups, [&](int64_t task, int) {
+    const int64_t p = task / groups * part, depth = least(part, deep - p), j = task % groups * (kGroup * NR);
+    pack_b(b, p0 + p, depth, j0 + j, least(kGroup * NR, cols - j), panel + p * whole(cols) + j * depth);
+  });
 }
 
 // ---- The micro-kernel: R rows by V vectors of C ----
@@ -187,55 +222,74 @@ struct Tile {
   float alpha;
   const float* bias;  // at this tile's first column
   bool add;           // C is read
+  const float* beside[TileHook::kBeside];  // what the hook will read at the same place; null for none
 };
 
-template <int R, int V>
-void multiply(int64_t depth, const float* a, const float* b, float* c, int64_t ldc, int64_t cols, const Tile& tile) {
+// A strip is [depth / W][R][W] if Along, else [depth][step]. C and what lies beside it are fetched on the way:
+// a few lines for each W steps, since many at once would hold up the loads of A and B.
+template <int R, int V, bool Along>
+void multiply(int64_t depth, const float* a, int64_t step, const float* b, float* c, int64_t ldc, int64_t cols, const Tile& tile) {
   Vec acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
-  for (int r = 0; r < R; ++r) {
-    __builtin_prefetch(c + r * ldc, 1);
-    if (V > 1) __builtin_prefetch(c + r * ldc + (V - 1) * W, 1);
-  }
-  for (int64_t p = 0; p < depth; ++p, a += R, b += V * W) {
-    Vec x[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec y = splat(a[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += y * x[v];
+  const int64_t quick = R * W / depth + 1;
+  int64_t fetched = 0;
+  for (int64_t p = 0; p < depth; p += W) {
+    for (const int64_t until = least(R, fetched + quick); fetched < until; ++fetched) {
+      const auto fetch = [&](const float* x) {
+        __builtin_prefetch(x + fetched * ldc, 1);
+        if (V > 1) __builtin_prefetch(x + fetched * ldc + (V - 1) * W, 1);
+      };
+      fetch(c);
+      for (const float* x : tile.beside)
+        if (x) fetch(x);
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    const float* const end = b + least(W, depth - p) * (V * W);
+    for (; b != end; b += V * W) {
+      Vec x[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t n = cols - v * W;
-      float* d = c + r * ldc + v * W;
-      Vec y = acc[r][v] * tile.alpha;
-      if (n >= W) [[likely]] {
-        if (tile.bias) y += load(tile.bias + v * W);
-        if (tile.add) y += load(d);
-        store(d, y);
-      } else {
-        if (tile.bias) y += load_part(tile.bias + v * W, n);
-        if (tile.add) y += load_part(d, n);
-        store_part(d, y, n);
+      for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec y = splat(Along ? a[r * W] : a[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] += y * x[v];
       }
+      a += Along ? 1 : step;
     }
+    if (Along) a += (R - 1) * W;
   }
+  // A step of its own: whether the compiler would fuse it with the additions below could differ from one R to another.
+  if (tile.alpha != 1.f)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v] *= tile.alpha;
+  const auto put = [&](auto finish) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) finish(c + r * ldc + v * W, acc[r][v], v);
+  };
+  if (cols == V * W && !tile.bias) [[likely]] {
+    if (tile.add) put([&](float* d, Vec y, int) { store(d, load(d) + y); });
+    else put([&](float* d, Vec y, int) { store(d, y); });
+    return;
+  }
+  put([&](float* d, Vec y, int v) {
+    const int64_t n = least(W, cols - v * W);
+    if (tile.bias) y += load_part(tile.bias + v * W, n);
+    if (tile.add) y += load_part(d, n);
+    store_part(d, y, n);
+  });
 }
 
-using Multiply = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, const Tile&);
+using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, int64_t, const Tile&);
 struct Multiplies {
-  Multiply by[MR][NV];
+  Multiply by[2][MR][NV];
 };
 template <int R, int V>
 constexpr void fill(Multiplies& m) {
-  m.by[R - 1][V - 1] = multiply<R, V>;
+  m.by[0][R - 1][V - 1] = multiply<R, V, false>;
+  m.by[1][R - 1][V - 1] = multiply<R, V, true>;
   if constexpr (V < NV) fill<R, V + 1>(m);
   else if constexpr (R < MR) fill<R + 1, 1>(m);
 }
@@ -258,16 +312,22 @@ struct Product {
   // A packed block of A, rows from i0, by slivers [s0, s1) of a packed part of B whose columns [0, cols) are C's from j0.
   void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t j0, int64_t cols, int64_t s0, int64_t s1,
              int64_t p0, int64_t depth, int thread) const {
-    const Bands strips = Bands::strips(rows), slivers = Bands::slivers(cols);
-    const bool finished = p0 + depth == k;
+    const Strips strips(rows);
+    const Slivers slivers(cols);
+    const int64_t step = strips.step();
+    const bool finished = p0 + depth == k, along = along_depth(a);
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t j = j0 + slivers.at(s);
-      const Tile tile{options->alpha, p0 == 0 && options->bias ? options->bias + j : nullptr, p0 > 0 || options->accumulate};
+      Tile tile{options->alpha, p0 == 0 && options->bias ? options->bias + j : nullptr, p0 > 0 || options->accumulate, {}};
       const float* sliver = b_part + slivers.at(s) * depth;
       const int64_t vectors = slivers.stride(s) / W, wide = slivers.of(s);
       for (int64_t t = 0; t < strips.count; ++t) {
-        const int64_t r = strips.at(t), height = strips.of(t);
-        kMultiply.by[height - 1][vectors - 1](depth, a_block + r * depth, sliver, c + (i0 + r) * ldc + j, ldc, wide, tile);
+        const int64_t r = strips.at(t), height = strips.of(t), at = (i0 + r) * ldc + j;
+        if (finished)
+          for (int x = 0; x < TileHook::kBeside; ++x)
+            if (options->hook.beside[x]) tile.beside[x] = options->hook.beside[x] + at;
+        const float* const strip = a_block + (along ? r * whole(depth) : t * depth * step);
+        kMultiply.by[along][height - 1][vectors - 1](depth, strip, step, sliver, c + at, ldc, wide, tile);
       }
       if (finished) hook(i0, j, rows, wide, thread);
     }
@@ -288,7 +348,7 @@ struct Product {
   }
 };
 
-constexpr int64_t kBlockFloats = MC * KC + W;
+constexpr int64_t kBlockFloats = MC / MR * whole(MR) * KC;
 
 // ---- Few rows: nothing is worth packing, so B streams past once ----
 
@@ -402,15 +462,22 @@ void few(const Product& q, const float* a, int64_t lda, int64_t j0, int64_t j1) 
 
 // Whether this path is taken, by shapes and layout alone.
 bool is_plain(const Matrix& a) { return a.col_stride == 1 && a.dtype == DType::f32 && !a.up; }
-bool is_few(const Product& q) { return q.m <= kFew && !q.b.up && (is_plain(q.a) || q.m * q.k <= kFewFloats); }
+bool is_few(const Product& q) { return q.m <= kFew && !q.b.up && !q.b.packed && (is_plain(q.a) || q.m * q.k <= kFewFloats); }
 
 // The rows of A, copied into `to` unless they can be read where they are.
 const float* rows_of_a(const Product& q, float* to, int64_t& lda) {
   lda = q.a.row_stride;
   if (is_plain(q.a)) return static_cast<const float*>(q.a.data);
   lda = q.k;
-  for (int64_t i = 0; i < q.m; ++i)
-    pack(q.a, i * q.a.row_stride, q.a.col_stride, 1, Bands{1, q.k, 0, q.k, false}, 1, to + i * q.k);
+  with_loader(q.a, [&](auto source) {
+    const bool along = q.a.col_stride == 1;
+    for (int64_t i = 0; i < q.m; ++i)
+      for (int64_t p = 0, n; p < q.k; p += n) {
+        n = along ? least(W, q.k - p) : 1;
+        const Vec v = source.part(i * q.a.row_stride + p * q.a.col_stride, n);
+        std::memcpy(to + i * q.k + p, &v, static_cast<size_t>(n) * 4);
+      }
+  });
   return to;
 }
 
@@ -426,7 +493,7 @@ bool vendor(const Product& q) {
   const Matrix &a = q.a, &b = q.b;
   const GemmOptions& o = *q.options;
   constexpr int64_t most = INT32_MAX;
-  if (a.dtype != DType::f32 || b.dtype != DType::f32 || a.up || b.up || o.bias || o.hook.run) return false;
+  if (a.dtype != DType::f32 || b.dtype != DType::f32 || a.up || b.up || b.packed || o.bias || o.hook.run) return false;
   const bool at = a.col_stride != 1, bt = b.col_stride != 1;
   const int64_t lda = stride_of(a, at, q.m, q.k), ldb = stride_of(b, bt, q.k, q.n);
   if (q.m > most || q.n > most || q.k > most || lda > most || ldb > most || q.ldc > most) return false;
@@ -438,6 +505,9 @@ bool vendor(const Product& q) {
 #endif
 
 }  // namespace
+
+Packed::Packed(int64_t k, int64_t n) : k(k), n(n), part(k > 0 ? part_of(k) : 1) {}
+void Packed::pack(ThreadPool& threads, Matrix b, float* to) const { pack_panel(threads, b, 0, k, part, 0, n, to); }
 
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
   if (m <= 0 || n <= 0) return;
@@ -465,9 +535,10 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
   // An activation is made once for each panel of columns: fewer and larger panels then.
   const int64_t part = part_of(k), floats = kPanelFloats * (a.up ? 8 : 1), most = floats / part;
-  const int64_t panel_cols = ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
-  const int64_t depth_max = least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
-  float* const panel = static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
+  const int64_t panel_cols = b.packed ? n : ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
+  const int64_t depth_max = b.packed ? k : least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
+  float* const buffer = b.packed ? nullptr : static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
+  const float* const panel = b.packed ? static_cast<const float*>(b.data) : buffer;
 
   for (int64_t j0 = 0; j0 < n; j0 += panel_cols) {
     const int64_t cols = least(panel_cols, n - j0), slivers = ceil_div(cols, NR);
@@ -481,13 +552,9 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     if (row_blocks > 1 && row_blocks * col_blocks % threads.size() != 0 && row_blocks * col_blocks < 16 * threads.size())
       row_blocks = least(m, ceil_div(row_blocks, threads.size()) * threads.size());
 
-    const int64_t padded = ceil_div(cols, W) * W;
     for (int64_t d0 = 0; d0 < k; d0 += depth_max) {
-      const int64_t deep = least(depth_max, k - d0), parts = ceil_div(deep, part), groups = ceil_div(slivers, kGroup);
-      threads.parallel(parts * groups, [&](int64_t task, int) {
-        const int64_t p = task / groups * part, depth = least(part, deep - p), j = task % groups * (kGroup * NR);
-        pack_b(b, d0 + p, depth, j0 + j, least(kGroup * NR, cols - j), panel + p * padded + j * depth);
-      });
+      const int64_t deep = least(depth_max, k - d0);
+      if (!b.packed) pack_panel(threads, b, d0, deep, part, j0, cols, buffer);
       threads.parallel(row_blocks * col_blocks, [&](int64_t task, int thread) {
         const int64_t rb = task / col_blocks, cb = task % col_blocks;
         const int64_t i0 = m * rb / row_blocks, i1 = m * (rb + 1) / row_blocks;
@@ -496,7 +563,7 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
         for (int64_t p = 0; p < deep; p += part) {
           const int64_t depth = least(part, deep - p);
           pack_a(a, i0, i1 - i0, d0 + p, depth, strips);
-          product.block(strips, i0, i1 - i0, panel + p * padded, j0, cols, s0, s1, d0 + p, depth, thread);
+          product.block(strips, i0, i1 - i0, panel + p * whole(cols), j0, cols, s0, s1, d0 + p, depth, thread);
         }
       });
     }

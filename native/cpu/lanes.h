@@ -23,6 +23,10 @@ struct AllLanes {
     std::memcpy(p, &h, sizeof h);
   }
 };
+struct TwoVectors {
+  LIMBECK_INLINE Pair get(const float* p) const { return {load(p), load(p + W)}; }
+  LIMBECK_INLINE void put(float* p, Pair v) const { store(p, v); }
+};
 struct SomeLanes {
   int64_t n;
   LIMBECK_INLINE Vec get(const float* p) const { return load_part(p, n); }
@@ -59,6 +63,14 @@ LIMBECK_INLINE void for_lanes(int64_t begin, int64_t end, Body&& body) {
   int64_t i = begin;
   for (; i + W <= end; i += W) body(i, AllLanes{});
   if (i < end) body(i, SomeLanes{end - i});
+}
+
+// The same, two vectors at a time while there are as many.
+template <class Body>
+LIMBECK_INLINE void for_pairs(int64_t begin, int64_t end, Body&& body) {
+  int64_t i = begin;
+  for (; i + 2 * W <= end; i += 2 * W) body(i, TwoVectors{});
+  for_lanes(i, end, body);
 }
 
 // The sum of value(i, lanes) over [0, n), in four chains.

@@ -63,46 +63,81 @@ static void gated_linear(const Call& call) {
   gemm(*call.threads, gate.rows(), n, f, gated(gate, call.in[1], f, call.scalar[0]), transposed(w.data, f, w.dtype), y.as<float>(), n);
 }
 
-// What the gradient of the activation is turned into, block by block, in the place where the product left it.
+// What the gradient of the activation is turned into, block by block, in the place where the product left it. The activation itself is
+// made on the way, packed as the product for dw reads it.
 struct Slopes {
   const float *gate, *up;
   float *dact, *dgate, *dup;
   int64_t f;
+  float* act;
+  Packed layout;
 
   template <Gate G>
   static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
     const Slopes s = *static_cast<const Slopes*>(ctx);
-    for (int64_t i = i0; i < i0 + rows; ++i)
-      for_lanes(i * s.f + j0, i * s.f + j0 + cols, [&](int64_t at, auto lanes) {
-        Vec value, slope;
-        gate_slope<G>(lanes.get(s.gate + at), value, slope);
-        const Vec d = lanes.get(s.dact + at);
-        if (s.dgate) lanes.put(s.dgate + at, d * lanes.get(s.up + at) * slope);
-        if (s.dup) lanes.put(s.dup + at, d * value);
-      });
+    for (int64_t j = j0; j < j0 + cols; j += kBlockColumns) {
+      const int64_t wide = j0 + cols - j < kBlockColumns ? j0 + cols - j : kBlockColumns;
+      for (int64_t i = i0; i < i0 + rows; ++i) {
+        const int64_t first = i * s.f + j;
+        float* const act = s.act ? s.act + s.layout.at(i, j) : nullptr;
+        for_pairs(first, first + wide, [&](int64_t at, auto lanes) {
+          const auto gate = lanes.get(s.gate + at), up = lanes.get(s.up + at), d = lanes.get(s.dact + at);
+          auto value = gate, slope = gate;
+          gate_slope<G>(gate, value, slope);
+          if (act) store(act + at - first, value * up);
+          if (s.dgate) lanes.put(s.dgate + at, d * up * slope);
+          if (s.dup) lanes.put(s.dup + at, d * value);
+        });
+      }
+    }
   }
 };
+
+// Tokens are taken in runs whose activations are at most some 8 MB, which the caches share.
+static int64_t gated_run(int64_t m, int64_t f) {
+  constexpr int64_t kFloats = int64_t{1} << 21, kStep = 512;
+  const int64_t rows = kFloats / (f > 0 ? f : 1) / kStep * kStep, run = rows > kStep ? rows : kStep;
+  return m < run ? m : run;
+}
+
+static size_t gated_linear_backward_workspace(const Call& call) {
+  const View &w = call.in[3], &dw = call.out[2];
+  const int64_t f = w.dims[1];
+  return dw ? static_cast<size_t>(Packed(gated_run(call.in[0].rows(), f), f).floats()) * 4 : 0;
+}
 
 // gated_linear_backward(dy[* n], gate[* f], up[* f], w[n f]:float, kind) -> dgate[* f], dup[* f], dw[n f]:f32+
 static void gated_linear_backward(const Call& call) {
   const View &dy = call.in[0], &gate = call.in[1], &up = call.in[2], &w = call.in[3];
   const View &dgate = call.out[0], &dup = call.out[1], &dw = call.out[2];
-  const int64_t m = dy.rows(), n = w.dims[0], f = w.dims[1];
-  GemmOptions options;
-  if (dgate || dup) {
-    Slopes slopes{gate.as<float>(), up.as<float>(), dup ? dup.as<float>() : dgate.as<float>(), dgate.as<float>(), dup.as<float>(), f};
-    const bool silu = static_cast<int>(call.scalar[0]) == static_cast<int>(Gate::silu);
-    options.hook = {silu ? Slopes::run<Gate::silu> : Slopes::run<Gate::gelu_tanh>, &slopes};
-    gemm(*call.threads, m, f, n, rows_of(dy.data, n), rows_of(w.data, f, w.dtype), slopes.dact, f, options);
-    options.hook = {};
-  }
-  if (dw) {
+  const int64_t all = dy.rows(), n = w.dims[0], f = w.dims[1], run = gated_run(all, f);
+  const bool silu = static_cast<int>(call.scalar[0]) == static_cast<int>(Gate::silu);
+  if (!dgate && !dup) {
+    if (!dw) return;
+    GemmOptions options;
     options.accumulate = call.accumulate[2];
-    gemm(*call.threads, n, f, m, transposed(dy.data, n), gated(gate, up, f, call.scalar[0]), dw.as<float>(), f, options);
+    gemm(*call.threads, n, f, all, transposed(dy.data, n), gated(gate, up, f, call.scalar[0]), dw.as<float>(), f, options);
+    return;
+  }
+  const int64_t runs = all > 0 ? (all + run - 1) / run : 1;  // without tokens dw is still made zero
+  for (int64_t r = 0; r < runs; ++r) {
+    const int64_t i = r * run, m = all - i < run ? all - i : run;
+    const auto from = [&](const View& v) { return v ? v.as<float>() + i * f : nullptr; };
+    const float* const d = dy.as<float>() + i * n;
+    float* const act = dw ? static_cast<float*>(call.workspace) : nullptr;
+    Slopes slopes{from(gate), from(up), from(dup ? dup : dgate), from(dgate), from(dup), f, act, Packed(m, f)};
+    GemmOptions options;
+    options.hook = {silu ? Slopes::run<Gate::silu> : Slopes::run<Gate::gelu_tanh>, &slopes, {slopes.gate, slopes.up, dup ? slopes.dgate : nullptr}};
+    gemm(*call.threads, m, f, n, rows_of(d, n), rows_of(w.data, f, w.dtype), slopes.dact, f, options);
+    if (dw) {
+      options.hook = {};
+      options.accumulate = call.accumulate[2] || i > 0;
+      gemm(*call.threads, n, f, m, transposed(d, n), Packed::matrix(act), dw.as<float>(), f, options);
+    }
   }
 }
 
 }  // namespace limbeck::cpu::LIMBECK_ISA
 
 LIMBECK_KERNELS(linear, {"linear", linear}, {"linear_backward", linear_backward}, {"gated_linear", gated_linear},
-                {"gated_linear_backward", gated_linear_backward})
+                {"gated_linear_backward", gated_linear_backward, gated_linear_backward_workspace})

@@ -84,6 +84,28 @@ LIMBECK_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m
 LIMBECK_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 LIMBECK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
+LIMBECK_INLINE Vec clamp(Vec x, float low, float high) { return min(max(x, splat(low)), splat(high)); }  // NaN gives low
+
+// Two vectors in step: chains of dependent operations then hide half of each other's latency.
+struct Pair {
+  Vec a, b;
+};
+LIMBECK_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+LIMBECK_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+LIMBECK_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+LIMBECK_INLINE Pair operator+(Pair x, float y) { return {x.a + y, x.b + y}; }
+LIMBECK_INLINE Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
+LIMBECK_INLINE Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+LIMBECK_INLINE Pair operator+(float x, Pair y) { return {x + y.a, x + y.b}; }
+LIMBECK_INLINE Pair operator-(float x, Pair y) { return {x - y.a, x - y.b}; }
+LIMBECK_INLINE Pair operator/(float x, Pair y) { return {x / y.a, x / y.b}; }
+LIMBECK_INLINE Pair operator-(Pair x) { return {-x.a, -x.b}; }
+LIMBECK_INLINE Pair clamp(Pair x, float low, float high) { return {clamp(x.a, low, high), clamp(x.b, low, high)}; }
+LIMBECK_INLINE void store(float* p, Pair x) {
+  store(p, x.a);
+  store(p + W, x.b);
+}
+
 LIMBECK_INLINE float sum(Vec v) {
   // A fixed tree, so that the same width gives the same bits.
 #if LIMBECK_WIDTH == 16
@@ -142,20 +164,25 @@ LIMBECK_INLINE void transpose(Vec (&v)[LIMBECK_WIDTH]) {
   }
 }
 
-// e^x to about 1 ulp, for x known to lie in [-87, 88]. NaN stays NaN.
-LIMBECK_INLINE Vec exp_inside(Vec x) {
-  const Vec magic = splat(12582912.f);  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
-  const Vec t = x * 1.44269504088896341f + magic;
-  const Vec n = t - magic;
-  Vec r = x - n * 0.693359375f;
+// 2^n from the bits of n + 1.5 * 2^23.
+LIMBECK_INLINE Vec power_of(Vec t) { return (Vec)(((IVec)t << 23) + 0x3f800000); }
+LIMBECK_INLINE Pair power_of(Pair t) { return {power_of(t.a), power_of(t.b)}; }
+
+// e^x to about 1 ulp, for x known to lie in [-87, 88]: a Vec or a Pair. NaN stays NaN.
+template <class T>
+LIMBECK_INLINE T exp_inside(T x) {
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
+  const T t = x * 1.44269504088896341f + magic;
+  const T n = t - magic;
+  T r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  T p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return p * (Vec)(((IVec)t << 23) + 0x3f800000);
+  return p * power_of(t);
 }
 // The same for any x: 0 below -87, saturates near 2^127 above 88.
 LIMBECK_INLINE Vec exp(Vec x) {
