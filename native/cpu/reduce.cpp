@@ -89,7 +89,7 @@ static void dot_backward(const Call& call) {
 // squared_norm(x[*], before[]:f64?) -> y[]:f64
 static void squared_norm(const Call& call) {
   const double s = total(call, call.in[0].as<float>(), call.in[0].as<float>());
-  if (call.out[0]) *call.out[0].as<double>() = s + (call.in[1] ? *call.in[1].as<double>() : 0);
+  if (call.out[0]) *call.out[0].as<double>() = call.in[1] ? *call.in[1].as<double>() + s : s;
 }
 
 // is_finite(x[*]) -> y[]:i32: 1 where no element is infinite or NaN.

@@ -90,9 +90,10 @@ struct Divided {
   double by;
   __device__ __forceinline__ void operator()(double s) const { *y = static_cast<float>(s / by); }
 };
-struct Double {
+struct Onward {
+  const double* before;
   double* y;
-  __device__ __forceinline__ void operator()(double s) const { *y = s; }
+  __device__ __forceinline__ void operator()(double s) const { *y = before ? *before + s : s; }
 };
 struct IsZero {
   int32_t* y;
@@ -113,11 +114,11 @@ static void dot(const Call& call) {
   total<kVector<T>>(call, aligned(value.a, value.b), value, Divided{call.out[0].as<float>(), 1.0});
 }
 
-// squared_norm(x[*]) -> y[]:f64
+// squared_norm(x[*], before[]:f64?) -> y[]:f64
 template <class T>
 static void squared_norm(const Call& call) {
   const T* x = call.in[0].as<T>();
-  total<kVector<T>>(call, aligned(x), Dot<T>{x, x}, Double{call.out[0].as<double>()});
+  total<kVector<T>>(call, aligned(x), Dot<T>{x, x}, Onward{call.in[1].as<const double>(), call.out[0].as<double>()});
 }
 
 // is_finite(x[*]) -> y[]:i32: 1 where no element is infinite or NaN.
