@@ -10,6 +10,7 @@
 #include "core/cpuid.h"
 #include "core/engine.h"
 #include "core/host.h"
+#include "core/planned.h"
 
 namespace limbeck {
 
@@ -95,7 +96,25 @@ double number(napi_env env, napi_value v) {
   return d;
 }
 
-// start(io: Float64Array, device, memoryLimit or 0, and for the CPU: threads, isa or ""; else: path of its library, number)
+// A device for plans: its library's path, or "" for the CPU's kernels, and in the shared array what there is to know of it.
+std::unique_ptr<Backend> planned(const std::string& library, const double* io) {
+  PlannedDevice device;
+  device.flops = io[0];
+  device.fast_flops = io[1];
+  device.bandwidth = io[2];
+  device.memory = static_cast<size_t>(io[3]);
+  device.threads = static_cast<int>(io[4]);
+  device.bf16 = io[5] != 0;
+  if (library.empty()) {
+    const IsaKernels& kernels = choose_isa();
+    return open_planned(device, {kernels.families, kernels.families + kernels.count}, nullptr);
+  }
+  const BackendLibrary& backend = backend_library(library);
+  return open_planned(device, backend.families(), backend.imagine(static_cast<int>(io[6]), static_cast<int>(io[7]), device.memory));
+}
+
+// start(io: Float64Array, device, memoryLimit or 0, and for the CPU: threads, isa or ""; for CUDA: path of its library, number; for a
+// plan: see planned())
 napi_value start(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
     Args a(env, info);
@@ -110,6 +129,8 @@ napi_value start(napi_env env, napi_callback_info info) {
     std::unique_ptr<Backend> backend;
     if (device == 0) {
       backend = open_host(static_cast<int>(number(env, a.value[3])), choose_isa(Napi::Value(env, a.value[4]).As<Napi::String>().Utf8Value()));
+    } else if (device == 2) {
+      backend = planned(Napi::Value(env, a.value[3]).As<Napi::String>(), io.Data());
     } else {
       const std::string path = Napi::Value(env, a.value[3]).As<Napi::String>();
       backend = backend_library(path).open({static_cast<int>(number(env, a.value[4]))});
@@ -121,10 +142,15 @@ napi_value start(napi_env env, napi_callback_info info) {
   });
 }
 
-// stop(): waits for the kernel that runs, drops the rest and every tensor. Pending reads must have settled.
-napi_value stop(napi_env env, napi_callback_info) {
+// stop(device or -1): waits for the kernel that runs, drops the rest and every tensor. Pending reads must have settled.
+napi_value stop(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
+    Args a(env, info);
     Instance& me = instance_of(env);
+    if (const int device = static_cast<int>(number(env, a.value[0])); device >= 0) {
+      me.engines[device].reset();
+      return nullptr;
+    }
     if (me.pending > 0) throw Error(ErrorKind::config, "ERR_BUSY", "shutdown: reads are pending; await them first");
     for (auto& engine : me.engines) engine.reset();
     me.signatures.clear();
@@ -404,6 +430,7 @@ Napi::Value profiled(const Napi::CallbackInfo& info) {
       o.Set("op", p.op);
       o.Set("count", static_cast<double>(p.count));
       o.Set("seconds", p.seconds);
+      o.Set("workspace", static_cast<double>(p.workspace));
       list.Set(i++, o);
     }
   });

@@ -69,6 +69,9 @@ struct BackendLibrary {
   std::unique_ptr<Backend> (*open)(const BackendOptions& options);
   // What there is, as JSON: driver, devices, libraries found and where they were looked for. Never throws.
   std::string (*probe)();
+  // For plans: the kernels, and what their workspace functions look at, of a device that need not be here.
+  std::vector<const KernelFamily*> (*families)();
+  std::shared_ptr<void> (*imagine)(int architecture, int processors, size_t memory);
 };
 
 constexpr int kBackendAbi = 1;

@@ -1,5 +1,6 @@
 #include "core/engine.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -358,6 +359,7 @@ void Engine::perform(Command& command) {
         std::lock_guard lock(profile_mutex_);
         ++command.op->count;
         command.op->seconds += seconds;
+        command.op->workspace = std::max(command.op->workspace, command.call.workspace_bytes);
       }
       return;
     case Command::write: return backend_->write(command.to, command.from, command.bytes);
@@ -388,7 +390,7 @@ void Engine::profile(bool on) {
   std::lock_guard lock(profile_mutex_);
   if (on)
     for (auto& op : ops_)
-      if (op) op->count = 0, op->seconds = 0;
+      if (op) op->count = 0, op->seconds = 0, op->workspace = 0;
   profiling_ = on;
 }
 
@@ -396,7 +398,7 @@ std::vector<OpProfile> Engine::profiled() {
   std::lock_guard lock(profile_mutex_);
   std::vector<OpProfile> all;
   for (auto& op : ops_)
-    if (op && op->count) all.push_back({op->signature->op, op->count, op->seconds});
+    if (op && op->count) all.push_back({op->signature->op, op->count, op->seconds, op->workspace});
   return all;
 }
 

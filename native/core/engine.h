@@ -24,8 +24,8 @@ namespace limbeck {
 // A tensor's name outside the engine: slot number, generation, so that a stale handle is refused, and device. 0 is "no tensor".
 // All bits together stay exact in a JavaScript number.
 using Handle = uint64_t;
-constexpr int kSlotBits = 24, kGenerationBits = 28, kDevices = 2;
-constexpr const char* kDeviceNames[kDevices] = {"cpu", "cuda"};
+constexpr int kSlotBits = 24, kGenerationBits = 27, kDevices = 3;
+constexpr const char* kDeviceNames[kDevices] = {"cpu", "cuda", "plan"};
 constexpr int device_of(Handle h) { return static_cast<int>(h >> (kSlotBits + kGenerationBits)); }
 
 struct EngineOptions {
@@ -41,6 +41,7 @@ struct OpProfile {
   std::string op;
   uint64_t count;
   double seconds;
+  size_t workspace;  // bytes, of the call that took most
 };
 
 // What an op call asks of each output.
@@ -106,6 +107,7 @@ class Engine {
     const Kernel* kernel = nullptr;
     uint64_t count = 0;
     double seconds = 0;
+    size_t workspace = 0;
   };
   struct Command {
     enum Kind { kernel, write, read, done, graph } kind;

@@ -18,9 +18,6 @@
 
 namespace limbeck::cuda {
 
-extern const KernelFamily* const cuda_families[];
-extern const int cuda_family_count;
-
 namespace {
 
 constexpr int kOldest = 80;  // tensor cores with bf16, cp.async
@@ -164,7 +161,7 @@ class Cuda final : public Backend {
   const char* detail() const override { return detail_.c_str(); }
   int threads() const override { return 0; }
   bool computes_bf16() const override { return true; }
-  std::vector<const KernelFamily*> families() const override { return {cuda_families, cuda_families + cuda_family_count}; }
+  std::vector<const KernelFamily*> families() const override { return cuda::families(); }
   size_t default_limit() const override { return device_.memory; }
   std::unique_ptr<Range> reserve(size_t bytes) override { return std::make_unique<DeviceRange>(device_.number, bytes); }
   bool writes_at_once() const override { return false; }
@@ -387,6 +384,6 @@ std::unique_ptr<Backend> open(const BackendOptions& options) { return std::make_
 
 extern "C" __attribute__((visibility("default"))) const limbeck::BackendLibrary* limbeck_backend() {
   static const limbeck::BackendLibrary library = {limbeck::kBackendAbi, sizeof(limbeck::Call), sizeof(limbeck::View),
-                                                  LIMBECK_CUDA_BUILD, limbeck::cuda::open, limbeck::cuda::probe};
+                                                  LIMBECK_CUDA_BUILD, limbeck::cuda::open, limbeck::cuda::probe, limbeck::cuda::families, limbeck::cuda::imagine};
   return &library;
 }

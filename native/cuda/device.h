@@ -1,5 +1,8 @@
 // The GPU as kernels see it.
 #pragma once
+#include <memory>
+#include <vector>
+
 #include "core/kernel.h"
 #include "cuda/runtime.h"
 
@@ -18,6 +21,11 @@ struct Device {
   Blas* blas = nullptr;          // matrix products (blas.h)
   Fault* fault = nullptr;        // where kernels report bad data (fault.h)
 };
+
+std::vector<const KernelFamily*> families();
+
+// A device that is not here, for plans: what workspace functions look at.
+std::shared_ptr<void> imagine(int architecture, int processors, size_t memory);
 
 inline const Device& device_of(const Call& call) { return *static_cast<const Device*>(call.device); }
 

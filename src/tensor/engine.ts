@@ -1,6 +1,6 @@
 // The native engines of this JavaScript thread, one for each device: started on first use, talked to through one shared array of numbers.
 import { availableParallelism } from 'node:os';
-import { cudaReady } from './cuda.ts';
+import { cudaLibrary, cudaReady } from './cuda.ts';
 import {
   ConfigError,
   DataError,
@@ -15,7 +15,8 @@ import {
 import { loadNative, type NativeAddon } from './native.ts';
 
 /** Where tensors live. The number of a device in the native core is its place here. */
-export const devices = ['cpu', 'cuda'] as const;
+export const devices = ['cpu', 'cuda', 'plan'] as const;
+/** `plan` is a device that is only thought of: see {@link rehearse}. */
 export type Device = (typeof devices)[number];
 
 export interface EngineOptions {
@@ -108,6 +109,54 @@ export function withDevice<T>(device: Device, f: () => T): T {
   }
 }
 
+/** A device that need not be here, as plans know it. */
+export interface PlannedDevice {
+  /** `cpu` computes in f32, `cuda` in bf16. */
+  readonly kind: 'cpu' | 'cuda';
+  /** Floating-point operations of matrix products a second, in what it computes in. */
+  readonly flops: number;
+  /** The same with fp8 operands. */
+  readonly fastFlops: number;
+  /** Bytes of memory a second. */
+  readonly bandwidth: number;
+  /** Bytes. */
+  readonly memory: number;
+  /** Threads of a CPU. */
+  readonly threads?: number;
+  /** Compute capability times ten, and streaming multiprocessors, of a GPU. */
+  readonly architecture?: number;
+  readonly processors?: number;
+}
+
+/**
+ * Runs `f` on a device that is only thought of: ops are checked and memory is handed out as on the real one, but nothing is computed
+ * and nothing is allocated; what is read is zero. Times in {@link profile} come from the roofline. Free every tensor inside.
+ * The memory that kernels of a GPU need beside their tensors is known where the CUDA library is; else that of the CPU's is taken.
+ */
+export async function rehearse<T>(device: PlannedDevice, f: () => T | Promise<T>): Promise<T> {
+  const core = loadNative();
+  const { flops, fastFlops, bandwidth, memory: bytes, threads = 1, architecture = 80, processors = 108 } = device;
+  const gpu = device.kind === 'cuda';
+  io.set([flops, fastFlops, bandwidth, bytes, threads, gpu ? 1 : 0, architecture, processors]);
+  const number = devices.indexOf('plan');
+  const outer = current;
+  try {
+    core.start(io, number, 0, gpu ? (cudaLibrary() ?? '') : '', 0);
+  } catch (error) {
+    throw typed(error);
+  }
+  running.add('plan');
+  addon = core;
+  current = 'plan';
+  try {
+    return await f();
+  } finally {
+    current = outer;
+    running.delete('plan');
+    core.stop(number);
+  }
+}
+
 /** Counts engines of this thread: what was defined in one is unknown to the next. @internal */
 export let engineNumber = 0;
 
@@ -119,7 +168,7 @@ export let engineNumber = 0;
 export function shutdown(): void {
   if (addon === undefined) return;
   try {
-    addon.stop();
+    addon.stop(-1);
   } catch (error) {
     throw typed(error);
   }
@@ -209,6 +258,8 @@ export interface OpTime {
   readonly op: string;
   readonly count: number;
   readonly seconds: number;
+  /** Most bytes that one call needed beside its tensors. */
+  readonly workspace: number;
 }
 
 /** Measures every kernel that `f` enqueues on the current device. Times are those of the device, each kernel awaited. */
@@ -219,9 +270,14 @@ export async function profile(f: () => unknown): Promise<OpTime[]> {
     await f();
     await sync();
     const merged = new Map<string, OpTime>();
-    for (const { op, count, seconds } of native().profiled(deviceNumber())) {
-      const had = merged.get(op);
-      merged.set(op, { op, count: count + (had?.count ?? 0), seconds: seconds + (had?.seconds ?? 0) });
+    for (const { op, count, seconds, workspace } of native().profiled(deviceNumber())) {
+      const had = merged.get(op) ?? { count: 0, seconds: 0, workspace: 0 };
+      merged.set(op, {
+        op,
+        count: count + had.count,
+        seconds: seconds + had.seconds,
+        workspace: Math.max(workspace, had.workspace),
+      });
     }
     return [...merged.values()].sort((a, b) => b.seconds - a.seconds);
   } finally {

@@ -33,9 +33,13 @@ export interface TensorDefinition {
 /** What the addon exports. Shapes and the arguments of `call` travel in the array given to `start`. */
 export interface NativeAddon {
   readonly abi: number;
-  /** Starts a device's engine: `threads, isa` for the CPU (0), `library, number` for another. A limit of 0 is the device's default. */
+  /**
+   * Starts a device's engine: `threads, isa` for the CPU (0), `library, number` for CUDA (1), and for a plan (2)
+   * `library` or '' with numbers in `io`. A limit of 0 is the device's default.
+   */
   start(io: Float64Array, device: number, memoryLimit: number, a: number | string, b: number | string): void;
-  stop(): void;
+  /** Stops one device's engine, or all with -1. */
+  stop(device: number): void;
   define(signature: string): OpDefinition;
   call(op: number): void;
   create(device: number, dtype: number, rank: number): Handle;
@@ -48,7 +52,7 @@ export interface NativeAddon {
   resetPeak(device: number): void;
   trim(device: number): void;
   profile(device: number, on: boolean): void;
-  profiled(device: number): { op: string; count: number; seconds: number }[];
+  profiled(device: number): { op: string; count: number; seconds: number; workspace: number }[];
   capture(device: number): void;
   captured(device: number): number;
   replay(device: number, graph: number): void;

@@ -37,7 +37,7 @@ export class Tensor {
 
   /** Where it lives. */
   get device(): Device {
-    return devices[this.handle >= 2 ** 52 ? 1 : 0];
+    return devices[Math.floor(this.handle / 2 ** 51)]!;
   }
 
   /** Number of elements. */

@@ -17,9 +17,6 @@
 
 namespace limbeck::cuda {
 
-extern const KernelFamily* const cuda_families[];
-extern const int cuda_family_count;
-
 namespace {
 
 class EmulatedRange final : public Range {
@@ -60,7 +57,7 @@ class Emulated final : public Backend {
   const char* detail() const override { return detail_.c_str(); }
   int threads() const override { return 1; }
   bool computes_bf16() const override { return true; }
-  std::vector<const KernelFamily*> families() const override { return {cuda_families, cuda_families + cuda_family_count}; }
+  std::vector<const KernelFamily*> families() const override { return cuda::families(); }
   size_t default_limit() const override { return device_.memory; }
   std::unique_ptr<Range> reserve(size_t bytes) override { return std::make_unique<EmulatedRange>(bytes); }
   bool writes_at_once() const override { return false; }
@@ -103,6 +100,6 @@ std::string probe() {
 
 extern "C" __attribute__((visibility("default"))) const limbeck::BackendLibrary* limbeck_backend() {
   static const limbeck::BackendLibrary library = {limbeck::kBackendAbi, sizeof(limbeck::Call), sizeof(limbeck::View), "emulation",
-                                                  limbeck::cuda::open, limbeck::cuda::probe};
+                                                  limbeck::cuda::open, limbeck::cuda::probe, limbeck::cuda::families, limbeck::cuda::imagine};
   return &library;
 }
