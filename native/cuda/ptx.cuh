@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/float8.h"
 #include "cuda/bf16.cuh"
 #include "cuda/runtime.h"
 #include "cuda/tensor_map.h"
@@ -53,6 +54,17 @@ LIMBECK_DEVICE float rcp(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Two numbers in fp8 (e4m3), the first in the low byte: to the nearest, beyond 448 to 448. Before sm_89 there is no instruction.
+LIMBECK_DEVICE uint32_t pack_float8(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return float8_from(low) | static_cast<uint32_t>(float8_from(high)) << 8;
+#endif
 }
 
 // Where a pointer to shared memory points to, as instructions take it.

@@ -3,7 +3,7 @@
 #include "cuda/blas.h"
 
 #include <algorithm>
-#include <cstring>
+#include <bit>
 #include <vector>
 
 #include "core/float8.h"

@@ -55,6 +55,7 @@ inline float lg2(float x) { return std::log2(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float rcp(float x) { return 1.0f / x; }
+inline uint32_t pack_float8(float low, float high) { return float8_from(low) | static_cast<uint32_t>(float8_from(high)) << 8; }
 inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulate::mma_m16n8k16(d, a, b0, b1); }
