@@ -1,5 +1,6 @@
 #include "cuda/fault.h"
 
+#include <bit>
 #include <string>
 
 namespace limbeck::cuda {
@@ -27,6 +28,18 @@ Error error_of(const Fault& fault) {
                    op + ": tids has token " + value + " at position " + position + ", outside the vocabulary of " + limit +
                        "; teacher and student must share one vocabulary")
           .in(op).on("tids").wanted("below " + limit).got(value);
+    case FaultKind::teacher_twice:
+      return Error(ErrorKind::data, "ERR_TEACHER_TOKENS",
+                   op + ": tids names token " + value + " twice at position " + position +
+                       "; the kept tokens of a position must differ (or, for samples, use tail 'truncate')")
+          .in(op).on("tids");
+    case FaultKind::teacher_mass: {
+      const std::string mass = std::to_string(std::bit_cast<float>(static_cast<uint32_t>(fault.key)));
+      return Error(ErrorKind::data, "ERR_TEACHER_MASS",
+                   op + ": the teacher's probabilities at position " + position + " sum to " + mass +
+                       "; tlogp must hold natural logarithms of probabilities")
+          .in(op).on("tlogp").wanted("at most 1").got(mass);
+    }
     case FaultKind::document_start:
       return Error(ErrorKind::data, "ERR_ATTENTION_STARTS",
                    op + ": starts is " + value + " at row " + position + "; it should be the first position of that token's document")

@@ -8,7 +8,7 @@
 
 namespace limbeck::cuda {
 
-enum class FaultKind : unsigned long long { none, table_row, row_index, target, teacher_token, document_start };
+enum class FaultKind : unsigned long long { none, table_row, row_index, target, teacher_token, teacher_twice, teacher_mass, document_start };
 
 // Lies where both sides see it. The first position wins; all words of one op are the same whoever writes them.
 struct Fault {

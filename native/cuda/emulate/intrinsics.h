@@ -130,6 +130,7 @@ inline int __syncthreads_or(int p) { return limbeck::cuda::emulate::barrier_redu
 inline void __syncwarp(unsigned mask = 0xffffffffu) { limbeck::cuda::emulate::warp_sync(mask); }
 inline void __threadfence() {}  // atomics order all of a block's accesses before them, see races.cpp
 inline void __threadfence_block() {}
+inline void __threadfence_system() {}
 template <class T> T __shfl_sync(unsigned mask, T v, int lane, int width = 32) {
   return limbeck::cuda::emulate::shuffle_any(limbeck::cuda::emulate::Shuffle::index, mask, v, lane, width);
 }

@@ -1,0 +1,303 @@
+// Cross-entropy straight from hidden states: logits exist for one block of tokens and words at a time, and the gradient is made in the
+// same call. Letters: n tokens, c width, v vocabulary, u = x w^T, z = cap tanh(u / cap), q = softmax(z).
+//
+// Stored: a chunk of tokens goes over the vocabulary in panels whose float32 logits stay in the L2 cache. One pass turns a panel into
+// G = e^z dz/du in bf16, which lies ready for both products back, and into sums of e^z. With a cap e^z needs no maximum; the row's
+// factor weight / sum is then put on the rows of x and dx, and G is never touched again. Without one, a slot's largest logit is taken
+// off and G is multiplied in place when the row's sum is known.
+//   Bytes to and from memory for each logit: 2 written here (4 more without a cap), 2 read by each of the two products.
+//
+// Recomputed: where so little memory is allowed that chunks would be small, and dw be read and written too often, all tokens go over
+// the vocabulary twice: first for the sums, then, with logits made again, for G and the two products, panel by panel. A quarter of
+// the work more, no memory that grows with n v, and each part of dw is written once.
+#include "cuda/loss.cuh"
+
+namespace limbeck::cuda {
+namespace {
+
+// With |z| <= this, sums of e^z and their reciprocals stay far from float's limits: no maximum is needed.
+constexpr double kBounded = 40;
+
+struct SlotSum {
+  float top, sum;  // of e^(z - top); bounded: of e^z
+  int at;          // where the largest is
+};
+
+// What a row needs for its gradient: g = e^(z - shift) factor dz/du, but at the target.
+struct RowGradient {
+  float shift, factor, at_target;
+  int target;
+};
+
+// The slot's sum, and e^z dz/du (bounded) or e^(z - top) dz/du into g, if that is wanted.
+template <class T, bool bounded>
+__global__ void __launch_bounds__(kSlotThreads)
+    exponentials_kernel(Logits l, Cap cap, const int* target, float* target_z, bool largest, SlotSum* sums, int slots_of_row, T* g, int64_t ldg) {
+  const Place p(l);
+  if (!p.any) return;
+  float s[kHeld];
+  p.load(l.u, s);
+  cap.shape(s);
+  if (const int y = target[p.row] - p.first; y >= 0 && y < p.left) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (p.column(i) == y) target_z[p.row] = s[i] * cap.heat;
+  }
+  SlotSum out{0, 0, 0};
+  if (!bounded || largest) {
+    const float top = p.top(s);
+    if (largest) out.at = p.find(s, top);
+    out.top = top * cap.heat;
+  }
+  const float base = bounded ? 0.f : base_of(out.top);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float e = expf(s[i] * cap.heat - base);
+    if (p.has(i)) out.sum += e;
+    s[i] = e * cap.slope(s[i]);
+  }
+  out.sum = warp_reduce(out.sum, Plus{});
+  const int64_t slot = p.first / kSlot;
+  if (p.lane == 0) sums[p.row * static_cast<int64_t>(slots_of_row) + slot] = out;
+  if (g) p.store(g + p.row * ldg + slot * kSlot, s);
+}
+
+struct RowOutputs {
+  float *loss, *lse, *correct;
+  double* part;  // of the total, for each row of the whole list
+};
+
+// A warp for each row: loss and factors. Bounded and stored, the target's place in G is written here.
+template <class T, bool bounded>
+__global__ void __launch_bounds__(kSlotThreads)
+    rows_kernel(Tokens tokens, Cap cap, double zloss, const int* target, const float* target_z, const SlotSum* sums, int slots, RowOutputs out,
+                float* scale, RowGradient* gradient, T* g, int64_t ldg) {
+  const int row = static_cast<int>(warp_index());
+  if (row >= tokens.rows) return;
+  const SlotSum* sum = sums + static_cast<int64_t>(row) * slots;
+  double top = 0, whole;
+  Best best{0, INT_MAX};
+  if (!bounded || out.correct) best = best_of(slots, [&](int k) { return Best{sum[k].top, sum[k].at}; });
+  if constexpr (bounded) {
+    whole = sum_of(slots, [&](int k) { return static_cast<double>(sum[k].sum); });
+  } else {
+    top = base_of(best.top);
+    whole = sum_of(slots, [&](int k) { return sum[k].sum * exp(static_cast<double>(sum[k].top) - top); });
+  }
+  if (lane_index() > 0) return;
+
+  const int position = tokens.position(row), y = target[row];
+  const double weight = tokens.weight(position), lse = top + log(whole);
+  const double z = y >= 0 ? static_cast<double>(target_z[row]) : static_cast<double>(NAN);
+  double part = 0;
+  if (position >= 0) {
+    part = weight * (lse - z + zloss * lse * lse);
+    if (out.loss) out.loss[position] = static_cast<float>(lse - z);
+    if (out.lse) out.lse[position] = static_cast<float>(lse);
+    if (out.correct) out.correct[position] = best.at == y ? 1.f : 0.f;
+  }
+  out.part[tokens.first + row] = part;
+
+  // weight ((1 + 2 zloss lse) q - 1[target]) dz/du
+  const double s = z / cap.heat, slope = 1 - cap.bend * s * s;
+  double up = 1 + 2 * zloss * lse;
+  if (scale) {
+    if (fabs(up) < 1e-6) up = 1e-6;  // the row is divided by it
+    scale[row] = static_cast<float>(weight * up / whole);
+    if (g && y >= 0) g[row * ldg + y] = from_float<T>(static_cast<float>(slope * (exp(z) - whole / up)));
+  }
+  if (gradient) {
+    const Split shift(lse);
+    const float factor = static_cast<float>(weight * up * shift.factor());
+    gradient[row] = {shift.high, factor, static_cast<float>(weight * slope * (up * exp(z - lse) - 1)), y};
+  }
+}
+
+// Unbounded and stored: G times e^(top - lse) and the row's factor.
+template <class T>
+__global__ void __launch_bounds__(kSlotThreads) rescale_kernel(Logits l, const SlotSum* sums, const RowGradient* gradient, T* g, int64_t ldg) {
+  const Place p(l);
+  if (!p.any) return;
+  const RowGradient row = gradient[p.row];
+  const float factor = expf(base_of(sums[p.row * static_cast<int64_t>(l.slots()) + p.slot].top) - row.shift) * row.factor;
+  T* at = g + p.row * ldg + static_cast<int64_t>(p.slot) * kSlot;
+  constexpr int kWords = kSlot / kVector<T> / kWarp;
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    T* word = at + (k * kWarp + p.lane) * kVector<T>;
+    Lanes<kVector<T>>{}.put(word, Lanes<kVector<T>>{}.get(word) * factor);
+  }
+  __syncwarp();
+  if (const int y = row.target - p.first; p.lane == 0 && y >= 0 && y < p.left) at[y] = from_float<T>(row.at_target);
+}
+
+// Recomputed: a panel's gradient.
+template <class T>
+__global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, Cap cap, const RowGradient* gradient, T* g) {
+  const Place p(l);
+  if (!p.any) return;
+  const RowGradient row = gradient[p.row];
+  float s[kHeld];
+  p.load(l.u, s);
+  cap.shape(s);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) s[i] = expf(s[i] * cap.heat - row.shift) * row.factor * cap.slope(s[i]);
+  if (const int y = row.target - p.first; y >= 0 && y < p.left) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (p.column(i) == y) s[i] = row.at_target;
+  }
+  p.store(g + p.at, s);
+}
+
+template <class T>
+struct CrossEntropy {
+  // Chunks of 4096 tokens of a vocabulary of 256000, at width 2304.
+  static constexpr int64_t kUsual = int64_t{2112} << 20;
+  static constexpr int64_t kPanel = int64_t{32} << 20;  // bytes of logits that stay in the L2 cache of 50 MiB
+  // Below this many tokens in a chunk, reading and adding to dw takes longer than making the logits again.
+  static constexpr int64_t kFewTokens = 900;
+
+  const Call& call;
+  View x, w, dx, dw;
+  int64_t n, c, v;
+  double cap, zloss;
+  bool gradient, bounded, recompute;
+  int64_t rows, panel, ldg;  // tokens in a chunk; columns in a panel; row stride of g
+  int slots;                 // of a row
+  size_t bytes;
+
+  int *list, *count, *target;
+  float *target_z, *scale, *u, *back;
+  double* part;
+  SlotSum* sums;
+  RowGradient* row_gradient;
+  T *g, *gathered, *converted;
+
+  explicit CrossEntropy(const Call& given)
+      : call(given), x(call.in[0]), w(call.in[1]), dx(call.out[4]), dw(call.out[5]), n(x.rows()), c(x.cols()), v(w.dims[0]), cap(call.scalar[0]), zloss(call.scalar[1]) {
+    gradient = dx || dw;
+    bounded = cap > 0 && cap <= kBounded;
+    slots = static_cast<int>(ceil_div(v, kSlot));
+    choose(workspace_budget(device_of(call), kUsual));
+    Layout lay{static_cast<char*>(call.workspace)};
+    list = lay.take<int>(n);
+    count = lay.take<int>(1);
+    part = lay.take<double>(n);
+    target = lay.take<int>(rows);
+    target_z = lay.take<float>(rows);
+    scale = lay.take<float>(rows);
+    row_gradient = lay.take<RowGradient>(rows);
+    sums = lay.take<SlotSum>(rows * slots);
+    u = lay.take<float>(rows * panel);
+    g = lay.take<T>(gradient ? rows * ldg : 0);
+    gathered = lay.take<T>(call.in[3] || dw ? rows * c : 0);
+    back = lay.take<float>(dx ? rows * c : 0);
+    converted = lay.take<T>(Words<T>::room(w));
+    bytes = lay.bytes;
+  }
+
+  // Bytes that grow with the tokens of a chunk, beside logits and gradients.
+  int64_t row_bytes() const { return slots * int64_t{sizeof(SlotSum)} + c * (int64_t{sizeof(T)} + 4) + 64; }
+
+  void choose(int64_t budget) {
+    const int64_t padded = whole_slots(v);
+    recompute = false;
+    ldg = padded;
+    const int64_t panel_bytes = budget / 8 < kPanel ? budget / 8 : kPanel;
+    const int64_t fixed = n * 12 + panel_bytes + Words<T>::room(w) * int64_t{sizeof(T)};
+    const int64_t stored = gradient ? padded * int64_t{sizeof(T)} : 0;
+    rows = even_rows(n, whole_tiles((budget - fixed) / (row_bytes() + stored)));
+    if (dw && rows < n && rows < kFewTokens && padded > kSlot) {
+      recompute = true;
+      // Panels of four slots where that many fit, of one where not.
+      for (const int64_t columns : {4 * kSlot, 3 * kSlot, 2 * kSlot, 1 * kSlot}) {
+        panel = columns < padded ? columns : padded;
+        rows = even_rows(n, whole_tiles((budget - fixed + panel_bytes) / (row_bytes() + panel * (4 + int64_t{sizeof(T)}))));
+        if (rows >= n) break;
+      }
+      ldg = panel;
+      return;
+    }
+    panel = panel_bytes / 4 / (rows > 0 ? rows : 1) / kSlot * kSlot;
+    panel = panel < kSlot ? kSlot : panel < padded ? panel : padded;
+  }
+
+  void run() {
+    Tokens tokens{n, call.in[3].as<const float>()};
+    const int64_t kept = list_tokens(call, tokens, list, count);
+    if (tokens.list) {
+      for (int k = 1; k < 4; ++k) zero(call, call.out[k]);
+      if (!call.accumulate[4]) zero(call, dx);
+    }
+    if (kept == 0 && !call.accumulate[5]) zero(call, dw);
+    for (int64_t first = 0; first < kept; first += rows) {
+      const Tokens chunk = tokens.chunk(first, kept - first < rows ? kept - first : rows);
+      if (bounded) one<true>(chunk);
+      else one<false>(chunk);
+    }
+    launch(call, Grid{dim3(1), dim3(1024), kWarp * sizeof(double)}, total_kernel, static_cast<const double*>(part), kept, call.out[0].as<float>());
+  }
+
+  template <bool is_bounded>
+  void one(const Tokens& tokens) {
+    const int64_t many = tokens.rows;
+    const Words<T> words{&w, converted};
+    const FaultCheck outside{device_of(call).fault, FaultKind::target, call.op, v};
+    launch(call, Grid{dim3(static_cast<unsigned>(ceil_div(many, kThreads))), dim3(kThreads)}, targets_kernel, tokens, call.in[2].as<const int>(), outside, target);
+    const T* hidden = x.as<const T>() + tokens.first * c;
+    if (tokens.list) {
+      gather<T>(call, tokens, x, nullptr, gathered);
+      hidden = gathered;
+    }
+    const bool stored = gradient && !recompute;
+    const Logits whole{nullptr, ldg, tokens.rows, 0, v};
+    each_panel(tokens.rows, [&](const Logits& l) {
+      make_logits(call, hidden, words, l);
+      launch(call, warps(many * l.slots()), exponentials_kernel<T, is_bounded>, l, Cap(cap), target, target_z, static_cast<bool>(call.out[3]), sums, slots,
+             stored ? g : nullptr, ldg);
+    });
+    const bool scaled = stored && is_bounded;
+    const RowOutputs out{call.out[1].as<float>(), call.out[2].as<float>(), call.out[3].as<float>(), part};
+    launch(call, warps(many), rows_kernel<T, is_bounded>, tokens, Cap(cap), zloss, target, target_z, sums, slots, out, scaled ? scale : nullptr,
+           gradient && !scaled ? row_gradient : nullptr, stored ? g : nullptr, ldg);
+    if (!gradient) return;
+
+    const bool add = call.accumulate[5] || tokens.first > 0;
+    if (recompute) {
+      each_panel(tokens.rows, [&](const Logits& l) {
+        make_logits(call, hidden, words, l);
+        launch(call, warps(many * l.slots()), gradient_kernel<T>, l, Cap(cap), row_gradient, g);
+        if (dx) back_to_x(call, g, ldg, many, words, l.first, l.cols, back, l.first > 0);
+        if (dw) back_to_w(call, g, ldg, many, hidden, c, l.first, l.cols, dw.as<float>(), add);
+      });
+    } else {
+      if (!is_bounded) launch(call, warps(many * slots), rescale_kernel<T>, whole, sums, row_gradient, g, ldg);
+      if (dx) back_to_x(call, g, ldg, many, words, 0, v, back, false);
+      if (dw) {
+        if (scaled) gather<T>(call, tokens, x, scale, gathered);
+        back_to_w(call, g, ldg, many, scaled ? gathered : hidden, c, 0, v, dw.as<float>(), add);
+      }
+    }
+    if (dx) scatter(call, tokens, back, scaled ? scale : nullptr, c, Sink<T>(call, 4));
+  }
+
+  template <class Body>
+  void each_panel(int many, Body body) {
+    for (int64_t first = 0; first < v; first += panel) body(Logits{u, panel, many, first, v - first < panel ? v - first : panel});
+  }
+};
+
+size_t linear_cross_entropy_workspace(const Call& call) { return call.in[0].dtype == DType::bf16 ? CrossEntropy<bf16>(call).bytes : CrossEntropy<float>(call).bytes; }
+
+// linear_cross_entropy(x[* c], w[v c]:float, targets[*]:i32, weights[*]:f32?, cap, zloss)
+//   -> total[]:f32, loss[*]:f32, lse[*]:f32, correct[*]:f32, dx[* c]+, dw[v c]:f32+
+void linear_cross_entropy(const Call& call) {
+  if (call.in[0].dtype == DType::bf16) CrossEntropy<bf16>(call).run();
+  else CrossEntropy<float>(call).run();
+}
+
+}  // namespace
+}  // namespace limbeck::cuda
+
+LIMBECK_KERNELS(loss, {"linear_cross_entropy", linear_cross_entropy, linear_cross_entropy_workspace})
