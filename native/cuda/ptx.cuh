@@ -292,6 +292,12 @@ template <int N>
 LIMBECK_DEVICE void wgmma_wait() {
   LIMBECK_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// What wgmma leaves in registers exists only after the wait: the compiler must not compute from it, nor overwrite it, any earlier.
+template <int N>
+LIMBECK_DEVICE void wgmma_settle(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
 // An operand in shared memory. `stride` is the distance of groups of 8 rows (K-major) or of 8 k (MN-major), `leading` that of the next
 // swizzle span along MN (MN-major; ignored for K-major with a swizzle), in bytes.
 __host__ __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address, int leading, int stride, Swizzle swizzle) {
@@ -300,7 +306,10 @@ __host__ __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address, in
          static_cast<uint64_t>(stride >> 4 & 0x3fff) << 32 | code << 62;
 }
 LIMBECK_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading, int stride, Swizzle swizzle) {
-  return wgmma_descriptor(shared_address(shared), leading, stride, swizzle);
+  uint64_t d = wgmma_descriptor(shared_address(shared), leading, stride, swizzle);
+  // Opaque, so that a loop makes it anew: else one register for each of its steps along k is held all the time.
+  asm volatile("" : "+l"(d));
+  return d;
 }
 // d[64 N] = a[64 16] * b[16 N] (+ d where add is not 0). Thread t of warp w holds in d[4j + i] row 16w + t / 4 + 8 (i / 2), column
 // 8j + 2(t % 4) + i % 2; a in registers has the layout of mma_m16n8k16. Transposed: the operand is MN-major in shared memory.

@@ -154,6 +154,8 @@ template <int N>
 void wgmma_wait() {
   emulate::wgmma_wait(N);
 }
+template <int N>
+void wgmma_settle(float (&)[N]) {}
 inline uint64_t wgmma_descriptor(uint32_t shared_address, int leading, int stride, Swizzle swizzle) {
   const uint64_t code = swizzle == Swizzle::none ? 0 : 4 - static_cast<int>(swizzle);
   return (static_cast<uint64_t>(shared_address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4 & 0x3fff) << 16 |

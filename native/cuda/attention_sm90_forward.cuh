@@ -1,0 +1,238 @@
+// Attention forward on Hopper. A block: 128 queries of one head, resident; keys and values stream by in blocks of BN, two stages each,
+// from the right edge of the mask to its left. A compute warpgroup has 64 queries: scores in BN / 2 registers of a thread, outputs in
+// D / 2, weights in BN / 4, which multiply the values without leaving the registers. The product of the next scores is issued before
+// that of the weights, so that the tensor cores work while weights are made.
+//
+// Only blocks that cut the mask's edges carry mask code. With a cap up to 60 e^score fits in a float as it is: no maximum, no rescaling,
+// and the outputs are touched by the tensor cores alone; otherwise softmax is online.
+#pragma once
+#include "cuda/attention_sm90_tile.cuh"
+
+namespace limbeck::cuda::attention::sm90 {
+
+// Head size 256: 64 KiB of queries and 4 * 40 of keys and values fill the shared memory.
+template <int D>
+constexpr int kForwardKeys = D == 256 ? 80 : 128;
+
+template <int D>
+constexpr size_t kForwardShared = 4 * (kTileWords<D, 2 * kRows> + 4 * kTileWords<D, kForwardKeys<D>>) + 128;
+
+struct Forward {
+  Problem p;
+  Score score;
+  Order order;
+  bf16* y;
+  float* lse;  // each of the two may be null
+};
+
+// Weights from scores. Returns nothing of them in `down` but, online, what the outputs so far are to be scaled by.
+template <int N, bool Direct, bool Masked>
+__device__ __forceinline__ void weigh(float (&x)[N / 2], const Seen& seen, int column, float (&sum)[2], float (&top)[2], float (&down)[2]) {
+  if constexpr (Masked) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) x[i] = seen(i, column) ? x[i] : -INFINITY;
+  }
+  if constexpr (!Direct) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float high = x[2 * r];
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        if (i / 2 % 2 == r) high = fmaxf(high, x[i]);
+      high = fmaxf(quad_max(high), top[r]);
+      down[r] = ptx::ex2(top[r] - high);
+      top[r] = high;
+      sum[r] *= down[r];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int r = i / 2 % 2;
+    x[i] = ptx::ex2(Direct ? x[i] : x[i] - top[r]);
+    sum[r] += x[i];
+  }
+}
+
+// What is not finite in a value that a row does not see came into it as 0 * x in its block. Such a row is made again, by its warp, from
+// the keys that it sees. `row` of the tile, `total` the logarithm of its sum of 2^score.
+template <int D>
+__device__ __attribute__((noinline)) void mend_row(const Forward& f, const Place& at, int batch, int q_row, float total, uint32_t* tile, int row) {
+  const Problem& p = f.p;
+  const int lane = static_cast<int>(threadIdx.x) % 32, head = at.column % p.h;
+  constexpr int kPairs = (D / 2 + 31) / 32;
+  const auto pair_of = [lane](const bf16* line, int i) {
+    return 2 * (lane + 32 * i) < D ? unpack_bf16(reinterpret_cast<const uint32_t*>(line)[lane + 32 * i]) : make_float2(0, 0);
+  };
+  float2 q[kPairs], sum[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    q[i] = pair_of(p.q + ((static_cast<int64_t>(batch) * p.t + q_row) * p.h + head) * D, i);
+    sum[i] = make_float2(0, 0);
+  }
+  for (int key = first_key(p, batch, q_row); key <= p.s - p.t + q_row; ++key) {
+    const int64_t line = ((static_cast<int64_t>(batch) * p.s + key) * p.g + head / p.group) * D;
+    float x[1] = {0};
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 k = pair_of(p.k + line, i);
+      x[0] += q[i].x * k.x + q[i].y * k.y;
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x[0] += __shfl_xor_sync(0xffffffffu, x[0], step);
+    to_scores(f.score, x);
+    const float weight = ptx::ex2(x[0] - total);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 v = pair_of(p.v + line, i);
+      sum[i].x += weight * v.x;
+      sum[i].y += weight * v.y;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i)
+    if (2 * (lane + 32 * i) < D) tile[word_of(2 * kRows, row, 2 * (lane + 32 * i))] = pack_bf16(sum[i].x, sum[i].y);
+}
+
+template <int D, bool Direct>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+           const __grid_constant__ TensorMap y_map, const __grid_constant__ Forward f) {
+#if LIMBECK_HOPPER
+  constexpr int BM = 2 * kRows, BN = kForwardKeys<D>, kTile = kTileWords<D, BN>;
+  Shared shared;
+  uint32_t* q = shared.take<uint32_t>(kTileWords<D, BM>, 1024);
+  uint32_t* k = shared.take<uint32_t>(2 * kTile, 1024);
+  uint32_t* v = shared.take<uint32_t>(2 * kTile, 1024);
+  uint64_t* barriers = shared.take<uint64_t>(9);
+  uint64_t *q_full = barriers, *k_full = barriers + 1, *v_full = barriers + 3, *k_empty = barriers + 5, *v_empty = barriers + 7;
+
+  const Problem& p = f.p;
+  const Place at = place_of(f.order, static_cast<int>(blockIdx.x));
+  const int batch = at.column / p.h, head = at.column % p.h, kv_head = head / p.group;
+  const int row0 = (f.order.tiles - 1 - at.rank) * BM, row_end = min(row0 + BM, p.t);
+  // Keys that any of the rows sees, and those that all of them see, in blocks.
+  const int back = p.s - p.t;
+  const int end = (back + row_end + BN - 1) / BN, begin = max(min(first_key(p, batch, row0) / BN, end - 1), 0);
+  const int all_begin = (first_key(p, batch, row_end - 1) + BN - 1) / BN, all_end = (back + row0 + 1) / BN;
+
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(q_full, 1);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(k_full + i, 1);
+      ptx::mbarrier_init(v_full + i, 1);
+      ptx::mbarrier_init(k_empty + i, kWarps);
+      ptx::mbarrier_init(v_empty + i, kWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup_of_thread() == 0) {
+    ptx::setmaxnreg_dec<kLoadRegisters>();
+    if (threadIdx.x != 0) return;
+    ptx::mbarrier_arrive_expect_tx(q_full, 4 * kTileWords<D, BM>);
+    load_rows<D>(q, BM, q_map, q_full, head, row0, batch);
+    load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
+    for (int i = 0; i < end - begin; ++i) {
+      const int stage = stage_of<2>(i), key = (end - 1 - i) * BN;
+      ptx::mbarrier_wait(k_empty + stage, parity_of<2>(i) ^ 1);
+      ptx::mbarrier_arrive_expect_tx(k_full + stage, 4 * kTile);
+      load_rows<D>(k + stage * kTile, BN, k_map, k_full + stage, kv_head, key, batch);
+      ptx::mbarrier_wait(v_empty + stage, parity_of<2>(i) ^ 1);
+      ptx::mbarrier_arrive_expect_tx(v_full + stage, 4 * kTile);
+      load_rows<D>(v + stage * kTile, BN, v_map, v_full + stage, kv_head, key, batch);
+    }
+    return;
+  }
+
+  ptx::setmaxnreg_inc<kComputeRegisters>();
+  const int first = row0 + (warpgroup_of_thread() - 1) * kRows;  // of this warpgroup
+  uint32_t* rows = q + (warpgroup_of_thread() - 1) * kRows * 32;
+  Seen seen;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = min(first + thread_row() + 8 * i, p.t - 1);
+    seen.set(i, first_key(p, batch, row), back + row + 1);
+  }
+
+  float out[D / 2], sum[2] = {0, 0}, top[2] = {-3.402823466e38f, -3.402823466e38f}, down[2] = {1, 1};
+  uint32_t weights[BN / 16][4];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) out[i] = 0;
+  const auto to_weights = [&](float (&x)[BN / 2], int block) __attribute__((always_inline)) {
+    to_scores(f.score, x);
+    const int column = block * BN + thread_column();
+    if (block >= all_begin && block < all_end)
+      weigh<BN, Direct, false>(x, seen, column, sum, top, down);
+    else
+      weigh<BN, Direct, true>(x, seen, column, sum, top, down);
+  };
+
+  ptx::mbarrier_wait(q_full, 0);
+  {
+    float x[BN / 2];
+    ptx::mbarrier_wait(k_full, 0);
+    multiply_rows<BN, D>(x, rows, BM, k, BN);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(x);
+    release(k_empty);
+    to_weights(x, end - 1);
+    pack<BN>(x, weights);
+  }
+
+  const int blocks = end - begin;
+  for (int i = 1; i < blocks; ++i) {
+    const int stage = stage_of<2>(i), last = stage ^ 1;
+    float x[BN / 2];  // of this turn: nothing of the last one stays in registers
+    ptx::mbarrier_wait(k_full + stage, parity_of<2>(i));
+    multiply_rows<BN, D>(x, rows, BM, k + stage * kTile, BN);
+    ptx::mbarrier_wait(v_full + last, parity_of<2>(i - 1));
+    multiply_columns<D, BN>(out, weights, v + last * kTile);
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_settle(x);
+    release(k_empty + stage);
+    to_weights(x, end - 1 - i);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(x);
+    ptx::wgmma_settle(out);
+    release(v_empty + last);
+    if constexpr (!Direct) {
+#pragma unroll
+      for (int j = 0; j < D / 2; ++j) out[j] *= down[j / 2 % 2];
+    }
+    pack<BN>(x, weights);
+  }
+  ptx::mbarrier_wait(v_full + stage_of<2>(blocks - 1), parity_of<2>(blocks - 1));
+  multiply_columns<D, BN>(out, weights, v + stage_of<2>(blocks - 1) * kTile);
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_settle(out);
+
+  float odd[2] = {0, 0};  // x * 0 is NaN for what is not finite
+#pragma unroll
+  for (int j = 0; j < D / 2; ++j) odd[j / 2 % 2] += out[j] * 0.f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sum[i] = quad_sum(sum[i]);
+    odd[i] = quad_sum(odd[i]);
+  }
+  to_tile<D>(out, 1.f / sum[0], 1.f / sum[1], rows, BM);
+  const float total[2] = {(Direct ? 0.f : top[0]) + ptx::lg2(sum[0]), (Direct ? 0.f : top[1]) + ptx::lg2(sum[1])};
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + thread_row() + 8 * i;
+    if (f.lse && lane % 4 == 0 && row < p.t) f.lse[(static_cast<int64_t>(batch) * p.h + head) * p.t + row] = total[i] * kLn2;
+    uint32_t odd_rows = __ballot_sync(0xffffffffu, lane % 4 == 0 && row < p.t && odd[i] != 0.f && fabsf(total[i]) < INFINITY);
+    while (odd_rows != 0) {
+      const int from = __ffs(static_cast<int>(odd_rows)) - 1;
+      odd_rows &= odd_rows - 1;
+      __syncwarp();
+      mend_row<D>(f, at, batch, __shfl_sync(0xffffffffu, row, from), __shfl_sync(0xffffffffu, total[i], from), rows,
+                  __shfl_sync(0xffffffffu, thread_row() + 8 * i, from));
+    }
+  }
+  if (f.y) store_rows<D>(y_map, rows, BM, head, first, batch);
+#endif
+}
+
+}  // namespace limbeck::cuda::attention::sm90

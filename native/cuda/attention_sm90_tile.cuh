@@ -1,0 +1,258 @@
+// What the Hopper attention kernels are made of. A block is three warpgroups: one thread of the first moves tiles from global to shared
+// memory by TMA, the other two multiply them by WGMMA, 64 rows each. Tiles pass through rings of stages, each with a "full" barrier
+// (the bytes have come) and an "empty" one (all warps have read them).
+//
+// A tile of rows in shared memory is cut in panels of 64 columns: [panel][row][64], 128-byte rows, 128-byte swizzle. As the factor of
+// scores (rows times rows) it is K-major; as the factor of outputs (weights times rows) it is MN-major: the same bytes serve both.
+// Heads that are not whole panels are filled up with the zeros that TMA reads beyond a tensor.
+//
+// All kernels see the mask as a run of columns for each row: [from, from + count).
+#pragma once
+#include "cuda/attention.cuh"
+#include "cuda/launch.h"
+
+namespace limbeck::cuda::attention::sm90 {
+
+constexpr int kThreads = 384;
+constexpr int kRows = 64;  // of a warpgroup's tile, and of all boxes but those of streamed keys
+constexpr int kWarps = 8;  // that read a stage
+// The launch gives every thread 168 registers; the loading warpgroup leaves most of its own to the others: 24 + 2 * 240 = 3 * 168.
+constexpr int kLoadRegisters = 24, kComputeRegisters = 240;
+
+template <int D>
+constexpr int kPanels = (D + 63) / 64;
+// A tile is taken as words, pairs of elements.
+template <int D, int Rows>
+constexpr int kTileWords = kPanels<D> * Rows * 32;
+
+// Device code of sm_90a; the kernels' bodies are empty for other architectures, where the host never launches them.
+#if defined(LIMBECK_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LIMBECK_HOPPER 1
+#else
+#define LIMBECK_HOPPER 0
+#endif
+
+// Scores in units of log 2: factor * x, or with a cap, top * tanh(factor * x).
+struct Score {
+  float factor, top, inverse;  // inverse: 1 / top^2
+  float c[5];                  // top * tanh(x) = x (c0 + c1 x^2 + ...) for |x| <= 1, to 7e-6
+  bool capped;
+};
+
+inline Score score_of(const Problem& p) {
+  Score s{};
+  s.capped = p.capped;
+  s.factor = p.capped ? p.scale / p.cap : p.scale * kLog2e;
+  s.top = p.cap * kLog2e;
+  s.inverse = p.capped ? 1.f / (s.top * s.top) : 0.f;
+  const float odd[5] = {0.99999309f, -0.33298066f, 0.1303681f, -0.04481754f, 0.00903642f};
+  for (int i = 0; i < 5; ++i) s.c[i] = odd[i] * s.top;
+  return s;
+}
+
+// Where a block works. Launch order: sections of `section` columns (heads) whose keys and values stay in the cache together; within a
+// section the tiles of all columns by length, so that short ones fill the gaps at the end.
+struct Order {
+  int tiles, columns, section;
+};
+
+inline Order order_of(int tiles, int columns, int sharing, double column_bytes) {
+  const int fit = static_cast<int>(32e6 / (column_bytes + 1)) * sharing;
+  return {tiles, columns, fit < sharing ? sharing : fit > columns ? columns : fit};
+}
+
+struct Place {
+  int rank, column;
+};
+
+__device__ __forceinline__ Place place_of(const Order& o, int index) {
+  const int whole = o.section * o.tiles, section = index / whole, rest = index - section * whole;
+  const int width = min(o.section, o.columns - section * o.section);
+  return {rest / width, section * o.section + rest % width};
+}
+
+// --- The rings ------------------------------------------------------------------------------------------------------------------------
+// Stage and parity of the i-th tile of a ring.
+template <int Stages>
+__device__ __forceinline__ int stage_of(int i) {
+  return i % Stages;
+}
+template <int Stages>
+__device__ __forceinline__ uint32_t parity_of(int i) {
+  return static_cast<uint32_t>(i / Stages) & 1;
+}
+
+__device__ __forceinline__ int warpgroup_of_thread() {
+#ifdef LIMBECK_EMULATE
+  return static_cast<int>(threadIdx.x) / 128;
+#else
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // known to be the same in a warp
+#endif
+}
+
+// A warp has read a stage.
+__device__ __forceinline__ void release(uint64_t* empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+}
+
+// Rows [row, row + box) of one head, all panels. `rows` is the height of the tile that they are part of.
+template <int D>
+__device__ __forceinline__ void load_rows(uint32_t* tile, int rows, const TensorMap& map, uint64_t* full, int head, int row, int batch) {
+#pragma unroll 1
+  for (int panel = 0; panel < kPanels<D>; ++panel) ptx::tma_load(tile + panel * rows * 32, &map, full, panel * 64, head, row, batch);
+}
+
+// --- Products -------------------------------------------------------------------------------------------------------------------------
+// The products below are begun, each as a group of its own: the caller waits.
+// acc[64 N] = a[64 D] b[N D]^T. a points at the 64 rows in a tile of `a_rows`.
+template <int N, int D>
+__device__ __forceinline__ void multiply_rows(float (&acc)[N / 2], const uint32_t* a, int a_rows, const uint32_t* b, int b_rows) {
+  ptx::wgmma_fence();
+  const uint64_t from_a = ptx::wgmma_descriptor(a, 16, 1024, Swizzle::b128), from_b = ptx::wgmma_descriptor(b, 16, 1024, Swizzle::b128);
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k)
+    ptx::wgmma<N>(acc, from_a + (k / 4 * a_rows * 128 + k % 4 * 32) / 16, from_b + (k / 4 * b_rows * 128 + k % 4 * 32) / 16, k > 0);
+  ptx::wgmma_commit();
+}
+
+// acc[64 D] += a[64 K] b[K D], a in registers.
+template <int D, int K>
+__device__ __forceinline__ void multiply_columns(float (&acc)[D / 2], const uint32_t (&a)[K / 16][4], const uint32_t* b) {
+  ptx::wgmma_fence();
+  const uint64_t from_b = ptx::wgmma_descriptor(b, K * 128, 1024, Swizzle::b128);
+#pragma unroll
+  for (int k = 0; k < K / 16; ++k) ptx::wgmma<D, true>(acc, a[k], from_b + k * 2048 / 16, 1);
+  ptx::wgmma_commit();
+}
+
+// Accumulators as the left factor of the next product: 16 columns of both layouts are the same registers.
+template <int N>
+__device__ __forceinline__ void pack(const float (&x)[N / 2], uint32_t (&a)[N / 16][4]) {
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = pack_bf16(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+}
+
+// --- Rows of a thread: 16 w + lane / 4 and 8 more, columns 8 j + 2 (lane % 4) and the next -------------------------------------------
+__device__ __forceinline__ int thread_row() {
+  const int thread = static_cast<int>(threadIdx.x);
+  return thread % 128 / 32 * 16 + thread % 32 / 4;
+}
+__device__ __forceinline__ int thread_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+
+struct Seen {
+  int from[2];
+  uint32_t count[2];
+  __device__ __forceinline__ void set(int i, int first, int end) {
+    from[i] = first;
+    count[i] = static_cast<uint32_t>(max(end - first, 0));
+  }
+  // Accumulator i of a tile whose first column is `column`, counted from this thread's own.
+  __device__ __forceinline__ bool operator()(int i, int column) const {
+    const int row = i / 2 % 2;
+    return static_cast<uint32_t>(column + i / 4 * 8 + i % 2 - from[row]) < count[row];
+  }
+};
+
+// First key that a query sees; it sees all from there to its own position.
+__device__ __forceinline__ int first_key(const Problem& p, int batch, int row) {
+  const int position = p.s - p.t + row, from = p.window > 0 ? max(position - p.window + 1, 0) : 0;
+  return p.starts ? min(max(from, p.starts[static_cast<int64_t>(batch) * p.t + row]), position + 1) : from;
+}
+
+// Products to scores. With a cap: below |x| = 1, where scores nearly always are, a polynomial that leaves the special function unit to
+// the exponentials; where a warp has larger ones, those by e^2x.
+template <int N>
+__device__ __forceinline__ void to_scores(const Score& s, float (&x)[N]) {
+  if (!s.capped) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= s.factor;
+    return;
+  }
+  float high = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) high = fmaxf(high, fabsf(x[i]));
+  const auto near = [&s](float y) {
+    const float y2 = y * y;
+    return y * (s.c[0] + y2 * (s.c[1] + y2 * (s.c[2] + y2 * (s.c[3] + y2 * s.c[4]))));
+  };
+  if (__any_sync(0xffffffffu, high * fabsf(s.factor) > 1.f)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float y = x[i] * s.factor, far = 1.f - 2.f * ptx::rcp(1.f + ptx::ex2(y * (2 * kLog2e)));
+      x[i] = fabsf(y) > 1.f ? far * s.top : near(y);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = near(x[i] * s.factor);
+}
+
+// Sum, maximum over the four lanes of a row.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// --- Results --------------------------------------------------------------------------------------------------------------------------
+// Word of a row's column pair in a tile of `rows` rows.
+__device__ __forceinline__ int word_of(int rows, int row, int column) {
+  return column / 64 * rows * 32 + row * 32 + ((column % 64 / 8) ^ (row % 8)) * 4 + column % 8 / 2;
+}
+
+// A warpgroup's accumulators, times a factor for each row, to a tile of `rows` rows that begins at `tile`.
+template <int D>
+__device__ __forceinline__ void to_tile(const float (&x)[D / 2], float factor0, float factor1, uint32_t* tile, int rows) {
+  const int row = thread_row(), column = thread_column();
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+    tile[word_of(rows, row, 8 * j + column)] = pack_bf16(x[4 * j] * factor0, x[4 * j + 1] * factor0);
+    tile[word_of(rows, row + 8, 8 * j + column)] = pack_bf16(x[4 * j + 2] * factor1, x[4 * j + 3] * factor1);
+  }
+}
+
+// The tile's 64 rows go to global memory; rows beyond the tensor are left out. All threads of the warpgroup, which has barrier 1 + its
+// number.
+template <int D>
+__device__ __forceinline__ void store_rows(const TensorMap& map, uint32_t* tile, int rows, int head, int row, int batch) {
+  ptx::fence_proxy_async();
+  ptx::bar_sync(static_cast<int>(threadIdx.x) / 128, 128);
+  if (threadIdx.x % 128 != 0) return;
+#pragma unroll
+  for (int panel = 0; panel < kPanels<D>; ++panel) ptx::tma_store(&map, tile + panel * rows * 32, panel * 64, head, row, batch);
+  ptx::bulk_commit();
+  ptx::bulk_wait_read<0>();
+}
+
+// x * factor to rows [row, row + 64) of `head`, by way of the tile; or that added to what is there, which TMA brings to the tile first,
+// with a barrier that nobody else uses.
+template <int D>
+__device__ __forceinline__ void put_rows(float (&x)[D / 2], float factor, bool add, const TensorMap& map, uint32_t* tile, int rows,
+                                         uint64_t* old_full, int head, int row, int batch) {
+  if (add) {
+    ptx::bar_sync(static_cast<int>(threadIdx.x) / 128, 128);  // all warps are done with the tile
+    if (threadIdx.x % 128 == 0) {
+      ptx::mbarrier_arrive_expect_tx(old_full, 4 * kTileWords<D, kRows>);
+      load_rows<D>(tile, rows, map, old_full, head, row, batch);
+    }
+    ptx::mbarrier_wait(old_full, 0);
+    const int own_row = thread_row(), column = thread_column();
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) {
+      const float2 old = unpack_bf16(tile[word_of(rows, own_row + i % 2 * 8, i / 2 * 8 + column)]);
+      x[2 * i] = x[2 * i] * factor + old.x;
+      x[2 * i + 1] = x[2 * i + 1] * factor + old.y;
+    }
+    factor = 1.f;
+  }
+  to_tile<D>(x, factor, factor, tile, rows);
+  store_rows<D>(map, tile, rows, head, row, batch);
+}
+
+}  // namespace limbeck::cuda::attention::sm90
