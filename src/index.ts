@@ -47,6 +47,7 @@ export {
   createParameters,
   matrix,
   type NamedParameter,
+  type ParameterOptions,
   type ParameterSpec,
   type Parameters,
   type SpecTree,
@@ -70,7 +71,7 @@ export {
   type TeacherOutput,
 } from './ops/loss.ts';
 export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
-export { type AdamWOptions, type AdamWState, adamw_ } from './ops/optimizer.ts';
+export { type AdamWOptions, type AdamWState, adamw_, type Moment8 } from './ops/optimizer.ts';
 export { type Fp8Weight, linearFp8, quantizeFp8 } from './ops/quant.ts';
 export { randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from './ops/reduce.ts';
@@ -78,6 +79,8 @@ export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, rope, ropeTable } from './ops/rotary.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';
 // Tensors and the engine
+export { plannedDevice, plannedDevices } from './plan/devices.ts';
+export { type Advice, type Plan, type PlanOptions, plan } from './plan/plan.ts';
 export type { CudaProbe } from './tensor/cuda.ts';
 export type { DataArray, DType } from './tensor/dtype.ts';
 export {
@@ -88,6 +91,7 @@ export {
   type MemoryReport,
   memory,
   type OpTime,
+  type PlannedDevice,
   profile,
   resetPeak,
   shutdown,

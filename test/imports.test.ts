@@ -11,6 +11,7 @@ const layers = [
   ['nn'],
   ['models', 'data', 'tokenizer'],
   ['synth', 'distill', 'merge', 'evaluate', 'train'],
+  ['plan'],
   ['cli', 'index.ts'],
 ];
 const levelOf = (folder: string) => layers.findIndex((layer) => layer.includes(folder));

@@ -9,10 +9,11 @@ import { distill } from './distill.ts';
 import { doctor } from './doctor.ts';
 import { evaluate } from './evaluate.ts';
 import { generate } from './generate.ts';
+import { plan } from './plan.ts';
 import { pretrain } from './pretrain.ts';
 import { report } from './report.ts';
 
-const commands: Readonly<Record<string, Command>> = { pretrain, distill, evaluate, generate, report, doctor, bench };
+const commands: Readonly<Record<string, Command>> = { pretrain, distill, evaluate, generate, plan, report, doctor, bench };
 
 const root = command({
   meta: { name: 'limbeck', version: packageVersion(), description: 'Pretrain and distil language models.' },
@@ -20,6 +21,8 @@ const root = command({
   examples: `
 # can this machine train?
 limbeck doctor
+# does it fit, and how long will it take?
+limbeck plan student.ts --device h100
 # train a teacher, then a student that learns from it
 limbeck pretrain teacher.ts
 limbeck distill student.ts

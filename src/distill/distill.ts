@@ -98,7 +98,13 @@ function checkVocabularies(teacher: LanguageModel, student: LanguageModel, its: 
   }
 }
 
-function distillationLoss(teacher: LanguageModel, student: LanguageModel, batch: DeviceBatch, run: DistillConfig): LossTensors {
+/** The divergence of the student from the teacher on a batch, weighted. */
+export function distillationLoss(
+  teacher: LanguageModel,
+  student: LanguageModel,
+  batch: DeviceBatch,
+  run: DistillConfig,
+): LossTensors {
   const { divergence, temperature, squaredTemperature, hardWeight } = run.distill;
   const told = noGrad(() => scope(() => reshape(teacher.hidden(batch.input), [-1, teacher.config.width])));
   const hidden = student.hidden(batch.input, { recompute: run.recompute });

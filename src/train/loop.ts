@@ -117,7 +117,7 @@ export async function* trainingLoop(
       for (let i = 0; i < run.batch.accumulate; i++) batches.push(await data.train.next());
       const predicted = batches.reduce((n, b) => n + b.predicted, 0);
       const rate = learningRate(run.schedule, run.optimizer.learningRate, step, steps);
-      const losses = batches.map((batch) => gradients(parts, batch, 1 / Math.max(1, predicted)));
+      const losses = batches.map((batch) => gradients(parts.loss, batch, 1 / Math.max(1, predicted)));
       const norm = keep(optimizer.step(rate));
       step++;
       tokens += batches.reduce((n, b) => n + b.tokens, 0);
@@ -218,12 +218,12 @@ async function* samples({ run, model, tokenizer }: TrainingParts, step: number):
 }
 
 /** Adds the gradient of one micro-batch; the returned sums are still on the device. */
-function gradients(parts: TrainingParts, batch: Batch, share: number): LossTensors {
+export function gradients(loss: TrainingParts['loss'], batch: Batch, share: number): LossTensors {
   return keep(
     scope(() => {
       let all: LossTensors | undefined;
       const total = valueAndGrad(() => {
-        all = parts.loss(upload(batch, share));
+        all = loss(upload(batch, share));
         // What is only reported must outlive the pass.
         keep({ kl: all.kl, ce: all.ce });
         return all.total;

@@ -63,7 +63,7 @@ export async function* pretrain(
 }
 
 /** Next-token cross-entropy of a batch, weighted. */
-function textLoss(model: LanguageModel, batch: DeviceBatch, recompute: boolean): LossTensors {
+export function textLoss(model: LanguageModel, batch: DeviceBatch, recompute: boolean): LossTensors {
   const hidden = model.hidden(batch.input, { recompute });
   const { total } = linearCrossEntropy(reshape(hidden, [-1, model.config.width]), model.head, batch.targets, {
     weights: batch.weights,

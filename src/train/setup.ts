@@ -95,7 +95,7 @@ export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promis
 }
 
 /** The configuration of the model to make; its vocabulary is the tokenizer's unless the run says otherwise. */
-export function runModelConfig(run: RunConfig, tokenizer: Tokenizer): Gemma2Config {
+export function runModelConfig(run: RunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): Gemma2Config {
   const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : run.model;
   const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
   const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });

@@ -1,0 +1,240 @@
+// What a run takes on a device, before anything of it is allocated: its own step is rehearsed, op by op, on a device that is only
+// thought of. Memory is what the engine's allocator hands out; time is the roofline's: the greater of the products' time at the
+// device's peak and the time that memory needs, op by op.
+
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Batch } from '../data/pack.ts';
+import { distillationLoss } from '../distill/distill.ts';
+import { resolveCheckpoint } from '../models/folder.ts';
+import type { Gemma2Config } from '../models/gemma2.ts';
+import { createModel, modelConfig } from '../models/model.ts';
+import { fromTransformers } from '../models/transformers.ts';
+import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
+import { ConfigError } from '../tensor/errors.ts';
+import { loadTokenizer } from '../tokenizer/tokenizer.ts';
+import { parseRun, type RunConfig, type RunInput } from '../train/config.ts';
+import { gradients } from '../train/loop.ts';
+import { createOptimizer } from '../train/optimizer.ts';
+import { textLoss } from '../train/pretrain.ts';
+import { runModelConfig } from '../train/setup.ts';
+import { plannedDevice } from './devices.ts';
+
+export interface PlanOptions {
+  /** `cpu`, `cuda`, or a GPU by name such as `h100`; or its figures. Default: the run's own device. */
+  readonly device?: string | PlannedDevice;
+  /** A preset to plan with where the teacher's checkpoint does not exist yet. */
+  readonly teacher?: string;
+}
+
+/** Bytes of tensors. On a CPU the process itself takes some 80 MiB more, on a GPU the driver some 500. */
+export interface PlannedMemory {
+  readonly teacher: number;
+  /** Weights that are trained, with their copies. */
+  readonly student: number;
+  readonly optimizer: number;
+  /** What the loss head needs beside its tensors. */
+  readonly loss: number;
+  /** What else is alive at the worst moment of a step: activations and gradients. */
+  readonly activations: number;
+  readonly total: number;
+}
+
+/** A change of the run, and what the run takes with it. */
+export interface Advice {
+  readonly change: string;
+  /** The fields to set. */
+  readonly set: Readonly<Record<string, unknown>>;
+  readonly total: number;
+  readonly seconds: number;
+  readonly fits: boolean;
+}
+
+export interface Plan {
+  readonly device: PlannedDevice & { readonly name: string };
+  readonly parameters: { readonly student: number; readonly teacher?: number };
+  readonly memory: PlannedMemory;
+  readonly fits: boolean;
+  readonly step: {
+    readonly tokens: number;
+    /** At the roofline: no real step is faster. */
+    readonly seconds: number;
+    readonly tokensPerSecond: number;
+    /** Where it goes, the longest first. */
+    readonly ops: readonly { readonly op: string; readonly seconds: number }[];
+  };
+  /** Single changes that save memory, the smallest result first; the last one makes all of them. Empty when the run fits. */
+  readonly advice: readonly Advice[];
+}
+
+/** Left for the driver, libraries and gaps. */
+const RESERVE = 0.04;
+
+/**
+ * Says what a run takes: memory by part, whether it fits, seconds a step at the roofline, and which changes would make it fit.
+ * @throws ConfigError for a wrong field, an unknown device, or a vocabulary that is not known yet.
+ */
+export async function plan(input: RunInput | RunConfig, options: PlanOptions = {}): Promise<Plan> {
+  const run = parseRun(input);
+  const given = options.device ?? run.device;
+  const device = typeof given === 'string' ? await plannedDevice(given) : given;
+  const teacher = run.kind === 'distill' ? await teacherConfig(run.teacher.checkpoint, options.teacher) : undefined;
+  const student = runModelConfig(run, { vocabSize: teacher?.vocabSize ?? (await vocabulary(run)) });
+  const measure = (changed: RunConfig) => rehearsal(changed, device, student, teacher);
+
+  const own = await measure(run);
+  const room = device.memory * (1 - RESERVE);
+  const fits = own.memory.total <= room;
+  const advice: Advice[] = [];
+  if (!fits) {
+    const savers = changes(run, device);
+    const all = savers.length > 1 ? [{ change: 'all of these', set: Object.assign({}, ...savers.map((s) => s.set)) }] : [];
+    for (const { change, set } of [...savers, ...all]) {
+      const { memory: m, seconds } = await measure(withFields(run, set));
+      if (m.total < own.memory.total) advice.push({ change, set, total: m.total, seconds, fits: m.total <= room });
+    }
+    const last = all.length > 0 ? advice.pop() : undefined;
+    advice.sort((a, b) => a.total - b.total);
+    if (last !== undefined) advice.push(last);
+  }
+  const tokens = run.batch.sequences * run.batch.length * run.batch.accumulate;
+  return {
+    device: { name: typeof given === 'string' ? given : device.kind, ...device },
+    parameters: own.parameters,
+    memory: own.memory,
+    fits,
+    step: { tokens, seconds: own.seconds, tokensPerSecond: tokens / own.seconds, ops: own.ops },
+    advice,
+  };
+}
+
+async function teacherConfig(checkpoint: string, preset: string | undefined): Promise<Gemma2Config> {
+  if (preset !== undefined) return modelConfig(preset);
+  const path = join(await resolveCheckpoint(checkpoint), 'config.json');
+  return fromTransformers(JSON.parse(await readFile(path, 'utf8')), path);
+}
+
+async function vocabulary(run: RunConfig): Promise<number> {
+  const { tokenizer } = run;
+  if (typeof tokenizer === 'string') return (await loadTokenizer(tokenizer)).vocabSize;
+  if (tokenizer !== undefined) return tokenizer.train.vocabSize;
+  throw new ConfigError('plan: the vocabulary is not known; give model.vocabSize or a tokenizer', {
+    code: 'ERR_CONFIG',
+    op: 'plan',
+    argument: 'model.vocabSize',
+  });
+}
+
+/** Changes that save memory, those that cost least first. */
+function changes(run: RunConfig, device: PlannedDevice): { change: string; set: Record<string, unknown> }[] {
+  const found: { change: string; set: Record<string, unknown> }[] = [];
+  const { sequences, accumulate, length } = run.batch;
+  if (sequences > 1)
+    found.push({
+      change: `micro-batches of ${Math.ceil(sequences / 2)} instead of ${sequences} sequences`,
+      set: { 'batch.sequences': Math.ceil(sequences / 2), 'batch.accumulate': accumulate * 2 },
+    });
+  if (!run.recompute)
+    found.push({ change: 'recompute: activations are made again in the backward pass', set: { recompute: true } });
+  if (run.optimizer.moments === 'f32') found.push({ change: 'moments of 8 bits', set: { 'optimizer.moments': '8bit' } });
+  if (run.optimizer.master && device.kind === 'cuda')
+    found.push({ change: 'no f32 originals: bf16 weights are rounded by chance', set: { 'optimizer.master': false } });
+  if (length > 256) found.push({ change: `sequences of ${length / 2} tokens`, set: { 'batch.length': Math.floor(length / 2) } });
+  return found;
+}
+
+function withFields(run: RunConfig, set: Readonly<Record<string, unknown>>): RunConfig {
+  const copy = structuredClone(run) as unknown as Record<string, unknown>;
+  for (const [path, value] of Object.entries(set)) {
+    const keys = path.split('.');
+    const last = keys.pop()!;
+    const at = keys.reduce((o, key) => o[key] as Record<string, unknown>, copy);
+    at[last] = value;
+  }
+  return copy as unknown as RunConfig;
+}
+
+interface Rehearsed {
+  readonly parameters: Plan['parameters'];
+  readonly memory: PlannedMemory;
+  readonly seconds: number;
+  readonly ops: readonly { op: string; seconds: number }[];
+}
+
+/** Two steps: the second is like all that follow. */
+async function rehearsal(
+  run: RunConfig,
+  device: PlannedDevice,
+  config: Gemma2Config,
+  teacherConfig: Gemma2Config | undefined,
+): Promise<Rehearsed> {
+  return rehearse(device, async () => {
+    const live = (): number => memory('plan').live;
+    const dtype = device.kind === 'cpu' ? 'f32' : 'bf16';
+    const teacher = teacherConfig === undefined ? undefined : createModel(teacherConfig, { trainable: false, dtype });
+    const afterTeacher = live();
+    const student = createModel(config, { dtype, master: run.optimizer.master });
+    const afterStudent = live();
+    const optimizer = createOptimizer(student.parameters, run.optimizer);
+    const before = live();
+    const batch = blank(run.batch.sequences, run.batch.length);
+    const loss = (b: Parameters<typeof textLoss>[1]) =>
+      teacher === undefined || run.kind !== 'distill'
+        ? textLoss(student, b, run.recompute)
+        : distillationLoss(teacher, student, b, run);
+    const micro = (): void => {
+      const { total, kl, ce } = gradients(loss, batch, 1);
+      for (const t of [total, kl, ce]) t?.dispose();
+    };
+    // Further micro-batches are like the second: the gradients are there already.
+    const repeats = Math.min(run.batch.accumulate, 2);
+    const step = (): void => {
+      for (let i = 0; i < repeats; i++) micro();
+      optimizer.step(1e-3).dispose();
+    };
+    step();
+    resetPeak();
+    const times = await profile(step);
+    const peak = memory('plan').peak;
+    const updating = new Set(['adamw', 'adamw_8bit', 'squared_norm']);
+    const scale = (op: string): number => (updating.has(op) ? 1 : run.batch.accumulate / repeats);
+    const ops = times.map(({ op, seconds }) => ({ op, seconds: seconds * scale(op) })).sort((a, b) => b.seconds - a.seconds);
+    const lossBytes = Math.max(0, ...times.filter(({ op }) => op.startsWith('linear_')).map(({ workspace }) => workspace));
+    optimizer.dispose();
+    student.dispose();
+    teacher?.dispose();
+    return {
+      parameters: {
+        student: student.parameters.count,
+        ...(teacher === undefined ? {} : { teacher: teacher.parameters.count }),
+      },
+      memory: {
+        teacher: afterTeacher,
+        student: afterStudent - afterTeacher,
+        optimizer: before - afterStudent,
+        loss: lossBytes,
+        activations: Math.max(0, peak - before - lossBytes),
+        total: peak,
+      },
+      seconds: ops.reduce((sum, { seconds }) => sum + seconds, 0),
+      ops,
+    };
+  });
+}
+
+/** A batch of the right shape; nobody looks at what is in it. */
+function blank(rows: number, length: number): Batch {
+  const n = rows * length;
+  const zeros = (): Int32Array => new Int32Array(n);
+  return {
+    rows,
+    length,
+    ids: zeros(),
+    targets: zeros(),
+    weights: new Float32Array(n).fill(1),
+    positions: zeros(),
+    starts: zeros(),
+    tokens: n,
+    predicted: n,
+  };
+}

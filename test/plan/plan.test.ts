@@ -1,0 +1,118 @@
+// The plan against what runs really take, and what it says of runs that no machine here could hold.
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { distill } from '../../src/distill/distill.ts';
+import { plan } from '../../src/plan/plan.ts';
+import { currentDevice, memory } from '../../src/tensor/engine.ts';
+import { ConfigError } from '../../src/tensor/errors.ts';
+import type { RunInput } from '../../src/train/config.ts';
+import type { TrainEvent } from '../../src/train/events.ts';
+import { pretrain } from '../../src/train/pretrain.ts';
+
+let folder: string;
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'limbeck-plan-'));
+  const words = ['the', 'people', 'of', 'this', 'country', 'shall', 'keep', 'a', 'Union', 'that', 'is', 'free'];
+  const text = (n: number): string =>
+    Array.from({ length: 400 }, (_, i) => words[(i * i + n * 7 + (i >> 2)) % words.length]).join(' ');
+  await Promise.all(Array.from({ length: 16 }, (_, n) => writeFile(join(folder, `${n}.txt`), text(n))));
+});
+afterAll(() => rm(folder, { recursive: true, force: true }));
+
+const base = (output: string) => ({
+  output: join(folder, output),
+  data: { text: join(folder, '*.txt'), validation: 0.2 },
+  evaluate: { every: 100, batches: 1 },
+  log: { tensorboard: false, report: false },
+  steps: 4,
+});
+const teacherRun = (changes: object = {}): RunInput =>
+  ({
+    kind: 'pretrain',
+    ...base('teacher'),
+    tokenizer: { train: { vocabSize: 300 } },
+    model: { preset: 'gemma2-nano', width: 64, hidden: 256, vocabSize: 2048 },
+    batch: { sequences: 4, length: 128 },
+    ...changes,
+  }) as RunInput;
+
+async function peakOf(events: AsyncIterable<TrainEvent>): Promise<number> {
+  let peak = 0;
+  for await (const event of events) if (event.type === 'step') peak = Math.max(peak, event.memory.peak);
+  return peak;
+}
+
+test.each([
+  ['plain', {}],
+  ['accumulated', { batch: { sequences: 2, length: 96, accumulate: 3 } }],
+  ['recomputed', { recompute: true }],
+  ['with small moments', { optimizer: { moments: '8bit' } }],
+])('a pretraining run, %s, takes what its plan says', async (name, changes) => {
+  const run = teacherRun({ ...changes, output: join(folder, name) });
+  const planned = await plan(run);
+  const peak = await peakOf(pretrain(run));
+  expect(planned.memory.total / peak).toBeGreaterThan(0.9);
+  expect(planned.memory.total / peak).toBeLessThan(1.1);
+  expect(planned.fits).toBe(true);
+  expect(planned.advice).toEqual([]);
+});
+
+test('a distillation takes what its plan says, part by part', async () => {
+  await peakOf(pretrain(teacherRun()));
+  const run = {
+    kind: 'distill',
+    ...base('student'),
+    teacher: { checkpoint: join(folder, 'teacher') },
+    model: { preset: 'gemma2-nano', width: 32, hidden: 64, vocabSize: 2048 },
+    batch: { sequences: 4, length: 128 },
+  } as RunInput;
+  const planned = await plan(run);
+  const peak = await peakOf(distill(run));
+  expect(planned.memory.total / peak).toBeGreaterThan(0.9);
+  expect(planned.memory.total / peak).toBeLessThan(1.1);
+  const { total, ...parts } = planned.memory;
+  expect(Object.values(parts).reduce((a, b) => a + b, 0)).toBe(total);
+  expect(parts.teacher).toBeGreaterThanOrEqual(4 * planned.parameters.teacher!);
+  expect(parts.teacher).toBeLessThan(4.2 * planned.parameters.teacher!);
+  expect(planned.step.tokens).toBe(512);
+  expect(planned.step.seconds).toBeGreaterThan(0);
+  expect(planned.step.ops[0]!.seconds).toBeGreaterThanOrEqual(planned.step.ops.at(-1)!.seconds);
+});
+
+test('27B to 2B on one GPU: nothing is allocated, and the advice makes it fit', async () => {
+  const run = {
+    kind: 'distill',
+    ...base('big'),
+    device: 'cuda',
+    tokenizer: join(folder, 'none'),
+    teacher: { checkpoint: join(folder, 'none') },
+    model: 'gemma2-2b',
+    batch: { sequences: 4, length: 4096 },
+  } as RunInput;
+  const before = { rss: process.memoryUsage.rss(), live: memory('cpu').live };
+  const planned = await plan(run, { device: 'h100', teacher: 'gemma2-27b' });
+  expect(process.memoryUsage.rss() - before.rss).toBeLessThan(500e6);
+  expect(memory('cpu').live).toBe(before.live);
+  expect(currentDevice()).toBe('cpu');
+  const GB = 1e9;
+  // bf16 weights; float32 originals and moments of the student.
+  expect(planned.memory.teacher / GB).toBeCloseTo((2 * planned.parameters.teacher!) / GB, 0);
+  expect(planned.memory.student / GB).toBeCloseTo((6 * planned.parameters.student) / GB, 0);
+  expect(planned.memory.optimizer / GB).toBeCloseTo((8 * planned.parameters.student) / GB, 0);
+  expect(planned.fits).toBe(false);
+  expect(planned.advice.length).toBeGreaterThan(3);
+  for (const { total } of planned.advice) expect(total).toBeLessThan(planned.memory.total);
+  expect(planned.advice.at(-1)).toMatchObject({ change: 'all of these', fits: true });
+  // 6 N operations a token for the student, 2 N for the teacher, at 989 TFLOP/s: no step can be faster.
+  const tokens = 4 * 4096;
+  const least = (tokens * (6 * 2.0e9 + 2 * 26e9)) / 989e12;
+  expect(planned.step.seconds).toBeGreaterThan(least);
+  expect(planned.step.seconds).toBeLessThan(2 * least);
+});
+
+test('an unknown device is refused with those that are known', async () => {
+  await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(ConfigError);
+  await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(/h100/);
+});
