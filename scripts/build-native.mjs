@@ -4,7 +4,8 @@
 //   node scripts/build-native.mjs [--direct] [--force] [--tests] [--list]
 //     --direct   use the compiler alone, though CMake is there
 //     --force    look at every file again, even if the addon seems up to date
-//     --tests    also build test/native/*_test.cpp, one program for each instruction set, and print their paths
+//     --tests    also build test/native/*_test.cpp, one program for each instruction set, and the emulated CUDA backend with
+//                test/emulate/*_test.cpp; print the programs' paths
 //     --list     only print the files that the addon is made from
 //
 // Environment: CXX, LIMBECK_BLAS (builtin | auto | openblas | mkl | accelerate), LIMBECK_SANITIZE (address,undefined), LIMBECK_JOBS.
@@ -14,6 +15,7 @@ import { createRequire } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { buildEmulated, emulatedPrograms } from './build-emulated.mjs';
 import { BuildError, list, run, runAll, stale, stampOf } from './compile.mjs';
 import { writeFamilies } from './families.mjs';
 
@@ -242,7 +244,9 @@ async function main() {
     const seconds = ((Date.now() - began.getTime()) / 1000).toFixed(1);
     console.error(`limbeck: native core built in ${seconds} s (${direct ? compiler.name : 'cmake-js'})`);
   }
-  if (tests) for (const program of testPrograms()) console.log(program);
+  if (!tests) return;
+  await buildEmulated(compiler, jobs, has('--force'));
+  for (const program of [...testPrograms(), ...emulatedPrograms()]) console.log(program);
 }
 
 main().catch((error) => {
