@@ -63,11 +63,11 @@ static void gated_linear(const Call& call) {
   gemm(*call.threads, gate.rows(), n, f, gated(gate, call.in[1], f, call.scalar[0]), transposed(w.data, f, w.dtype), y.as<float>(), n);
 }
 
-// What the gradient of the activation is turned into, block by block, in the place where the product left it. The activation itself is
-// made on the way, packed as the product for dw reads it.
+// What the gradient of the activation is turned into, block by block. The activation itself is made on the way, packed as the product for
+// dw reads it. dgate may be gate, and dup may be up: an element is read before it is written.
 struct Slopes {
-  const float *gate, *up;
-  float *dact, *dgate, *dup;
+  const float *gate, *up, *dact;
+  float *dgate, *dup;
   int64_t f;
   float* act;
   Packed layout;
@@ -93,24 +93,22 @@ struct Slopes {
   }
 };
 
-// Tokens are taken in runs whose activations are at most some 8 MB, which the caches share.
-static int64_t gated_run(int64_t m, int64_t f) {
-  constexpr int64_t kFloats = int64_t{1} << 21, kStep = 512;
-  const int64_t rows = kFloats / (f > 0 ? f : 1) / kStep * kStep, run = rows > kStep ? rows : kStep;
-  return m < run ? m : run;
-}
+// Tokens are taken in runs: the gradients of their activations, and the activations, then stay in the caches and take little memory.
+constexpr int64_t kGatedRun = 512;
+static int64_t gated_run(int64_t m) { return m < kGatedRun ? m : kGatedRun; }
 
 static size_t gated_linear_backward_workspace(const Call& call) {
-  const View &w = call.in[3], &dw = call.out[2];
-  const int64_t f = w.dims[1];
-  return dw ? static_cast<size_t>(Packed(gated_run(call.in[0].rows(), f), f).floats()) * 4 : 0;
+  const View &w = call.in[3], &dgate = call.out[0], &dup = call.out[1], &dw = call.out[2];
+  const int64_t f = w.dims[1], run = gated_run(call.in[0].rows());
+  if (!dgate && !dup) return 0;
+  return static_cast<size_t>(run * f + (dw ? Packed(run, f).floats() : 0)) * 4;
 }
 
 // gated_linear_backward(dy[* n], gate[* f], up[* f], w[n f]:float, kind) -> dgate[* f], dup[* f], dw[n f]:f32+
 static void gated_linear_backward(const Call& call) {
   const View &dy = call.in[0], &gate = call.in[1], &up = call.in[2], &w = call.in[3];
   const View &dgate = call.out[0], &dup = call.out[1], &dw = call.out[2];
-  const int64_t all = dy.rows(), n = w.dims[0], f = w.dims[1], run = gated_run(all, f);
+  const int64_t all = dy.rows(), n = w.dims[0], f = w.dims[1], run = gated_run(all);
   const bool silu = static_cast<int>(call.scalar[0]) == static_cast<int>(Gate::silu);
   if (!dgate && !dup) {
     if (!dw) return;
@@ -124,11 +122,12 @@ static void gated_linear_backward(const Call& call) {
     const int64_t i = r * run, m = all - i < run ? all - i : run;
     const auto from = [&](const View& v) { return v ? v.as<float>() + i * f : nullptr; };
     const float* const d = dy.as<float>() + i * n;
-    float* const act = dw ? static_cast<float*>(call.workspace) : nullptr;
-    Slopes slopes{from(gate), from(up), from(dup ? dup : dgate), from(dgate), from(dup), f, act, Packed(m, f)};
+    float* const dact = static_cast<float*>(call.workspace);
+    float* const act = dw ? dact + run * f : nullptr;
+    Slopes slopes{from(gate), from(up), dact, from(dgate), from(dup), f, act, Packed(m, f)};
     GemmOptions options;
-    options.hook = {silu ? Slopes::run<Gate::silu> : Slopes::run<Gate::gelu_tanh>, &slopes, {slopes.gate, slopes.up, dup ? slopes.dgate : nullptr}};
-    gemm(*call.threads, m, f, n, rows_of(d, n), rows_of(w.data, f, w.dtype), slopes.dact, f, options);
+    options.hook = {silu ? Slopes::run<Gate::silu> : Slopes::run<Gate::gelu_tanh>, &slopes, {slopes.gate, slopes.up, slopes.dgate == slopes.gate ? nullptr : slopes.dgate}};
+    gemm(*call.threads, m, f, n, rows_of(d, n), rows_of(w.data, f, w.dtype), dact, f, options);
     if (dw) {
       options.hook = {};
       options.accumulate = call.accumulate[2] || i > 0;

@@ -7,6 +7,7 @@ const linearOp = op({
   backward: 'linear_backward(dy[* n], x[* k], w[n k]:float) -> dx[* k]+, dw[n k]:f32+, dbias[n]:f32+',
 });
 const gatedOp = op({
+  inPlace: { dgate: 'gate', dup: 'up' },
   forward: 'gated_linear(gate[* f], up[* f], w[n f]:float, kind) -> y[* n]',
   backward: 'gated_linear_backward(dy[* n], gate[* f], up[* f], w[n f]:float, kind) -> dgate[* f], dup[* f], dw[n f]:f32+',
 });

@@ -19,6 +19,11 @@ export interface OpSpec {
   readonly head?: boolean;
   /** Default of {@link CallOptions.cheap}. */
   readonly cheap?: boolean;
+  /**
+   * Outputs of the backward kernel that may take the place of an input that nobody needs afterwards, as in `{ dgate: 'gate' }`: the kernel
+   * reads an element before it writes it. Such an output does not accumulate.
+   */
+  readonly inPlace?: Readonly<Record<string, string>>;
 }
 
 /** Options of one call, after its arguments. */
@@ -40,6 +45,8 @@ interface BackwardPlan {
   /** For each output of the backward kernel, the forward argument it is the gradient of. */
   readonly targets: readonly number[];
   readonly aliases: readonly { readonly argument: number; readonly output: number }[];
+  /** For each output of the backward kernel, the forward argument whose place it may take. */
+  readonly places: readonly (number | undefined)[];
   readonly savedInputs: readonly number[];
   readonly savedOutputs: readonly number[];
 }
@@ -78,7 +85,7 @@ export function op(spec: OpSpec): Op {
       if (heads !== undefined) {
         recordHead(info.op, args, info.arguments, info.outputs, outputs);
       } else if (backward !== undefined) {
-        plan ??= makePlan(forward, backward);
+        plan ??= makePlan(forward, backward, spec.inPlace ?? {});
         recordCall(info.op, plan, args, outputs);
         if (options.cheap ?? spec.cheap ?? false) outputs[0]!.recipe = recipeOf(forward, args);
       } else {
@@ -93,7 +100,7 @@ export function op(spec: OpSpec): Op {
   };
 }
 
-function makePlan(forward: Kernel, backward: Kernel): BackwardPlan {
+function makePlan(forward: Kernel, backward: Kernel, inPlace: Readonly<Record<string, string>>): BackwardPlan {
   const f = forward.info();
   const b = backward.info();
   const input = (name: string): number => f.arguments.findIndex((a) => a.name === name);
@@ -120,6 +127,7 @@ function makePlan(forward: Kernel, backward: Kernel): BackwardPlan {
     sources,
     targets: b.outputs.map((o) => targetOf(o.name)),
     aliases: b.aliases.map((a) => ({ argument: targetOf(a.name), output: output(a.of.slice(1)) })),
+    places: b.outputs.map(({ name }) => (inPlace[name] === undefined ? undefined : input(inPlace[name]))),
     savedInputs: used('input'),
     savedOutputs: used('output'),
   };
@@ -179,6 +187,8 @@ function callBackward(
   const seen = new Set<Tensor>();
   const requests = wanted.map((t, i): Request => {
     if (t === undefined) return 'skip';
+    const place = plan.places[i] === undefined ? undefined : args[plan.places[i]];
+    if (typeof place === 'object' && isLast(place)) return { into: place, accumulate: false };
     // The same tensor given twice (mul(x, x)): the second gradient is added by put().
     // Gradients of parameters are f32: one that is made in bf16 is converted by put().
     const fits = t.sink === undefined || t.dtype === 'f32' || info.outputs[i]!.f32;
@@ -191,7 +201,7 @@ function callBackward(
   made.forEach((gradient, i) => {
     const t = wanted[i];
     if (gradient === undefined || t === undefined) return;
-    if (typeof requests[i] === 'object') {
+    if (typeof requests[i] === 'object' && plan.places[i] === undefined) {
       gradients.wrote(t);
       return;
     }
@@ -199,6 +209,11 @@ function callBackward(
     gradients.put(t, gradient);
     releaseUse(gradient);
   });
+}
+
+/** Whether a saved tensor is only needed by the call that is going back now, so that its memory may be written. */
+function isLast(t: Tensor): boolean {
+  return t.uses === 1 && !t.held && !t.shared && t.recipe === undefined && t.device === 'cpu';
 }
 
 interface Named {

@@ -25,6 +25,7 @@ export class Tensor {
   /** @internal Whether the user may use it. */ held = true;
   /** @internal Tapes and gradients that still need it. */ uses = 0;
   /** @internal Whether a gradient flows to it. */ tracked = false;
+  /** @internal Whether another tensor shows the same memory, or did. */ shared = false;
   /** @internal */ sink: GradientSink | undefined;
   /** @internal How a tape makes it again instead of keeping it. */ recipe: Recipe | undefined;
 
@@ -243,7 +244,7 @@ export function viewOf(t: Tensor, shape: readonly number[], offset = 0): Tensor 
   try {
     const handle = handleOf(t, 'view');
     dimsToIo(shape);
-    return adopt(native().view(handle, offset, shape.length), t.dtype, [...shape]);
+    return sharing(t, adopt(native().view(handle, offset, shape.length), t.dtype, [...shape]));
   } catch (error) {
     throw typed(error);
   }
@@ -252,7 +253,13 @@ export function viewOf(t: Tensor, shape: readonly number[], offset = 0): Tensor 
 /** @internal A view that belongs to nobody's scope, of a tensor that may already have left its own. */
 export function unscopedView(t: Tensor, shape: readonly number[]): Tensor {
   dimsToIo(shape);
-  return unscoped(native().view(t.handle, 0, shape.length), t.dtype, [...shape]);
+  return sharing(t, unscoped(native().view(t.handle, 0, shape.length), t.dtype, [...shape]));
+}
+
+function sharing(t: Tensor, view: Tensor): Tensor {
+  t.shared = true;
+  view.shared = true;
+  return view;
 }
 
 /** Reads with the array type of a dtype that is known. */

@@ -1,8 +1,12 @@
 import { expect, test } from 'vitest';
+import { add, mul, scale } from '../../src/ops/elementwise.ts';
 import { gatedLinear, linear } from '../../src/ops/linear.ts';
+import { sum } from '../../src/ops/reduce.ts';
+import { reshape } from '../../src/ops/reshape.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
-import { scope } from '../../src/tensor/scope.ts';
-import { zeros } from '../../src/tensor/tensor.ts';
+import { keep, scope } from '../../src/tensor/scope.ts';
+import { valueAndGrad } from '../../src/tensor/tape.ts';
+import { parameter, readAs, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
 import { type Array64, array, checkOp, elementwise, type Input } from './check.ts';
 
 const product = (x: Array64, w: Array64, bias?: Array64): Array64 => {
@@ -73,6 +77,35 @@ for (const [activation, f] of [
     tolerance: 4e-6,
   });
 }
+
+test('the gradients of a gate take its place only where nobody else needs it', async () => {
+  const fill = (n: number, f: number) => Float32Array.from({ length: n }, (_, i) => Math.sin(f * (i + 1)));
+  const [rows, width, out] = [530, 33, 5];
+  const gradients = async (use: 'once' | 'held' | 'twice' | 'viewed'): Promise<Float32Array[]> => {
+    const inputs = [
+      parameter(tensor(fill(rows * width, 0.7), [rows, width])),
+      parameter(tensor(fill(rows * width, 1.3), [rows, width])),
+      parameter(tensor(fill(out * width, 0.4), [out, width])),
+    ] as const;
+    const held: Tensor[] = [];
+    valueAndGrad(() => {
+      const [y, other] = scope(() => {
+        const [gate, up] = [scale(inputs[0], 2), scale(inputs[1], 3)];
+        if (use === 'held') held.push(...keep([gate, up]));
+        const shown = use === 'viewed' ? reshape(gate, [-1]) : gate;
+        const total = gatedLinear(gate, up, inputs[2], { activation: 'gelu' });
+        return [sum(mul(total, total)), use === 'twice' || use === 'viewed' ? sum(mul(shown, shown)) : undefined];
+      });
+      return other === undefined ? y! : add(y!, scale(other, 0));
+    }).dispose();
+    if (use === 'held') expect(await held[0]!.read()).toEqual(fill(rows * width, 0.7).map((v) => 2 * v));
+    const found = await Promise.all(inputs.map((t) => readAs(t.grad!, 'f32')));
+    for (const t of [...inputs, ...held]) t.dispose();
+    return found;
+  };
+  const once = await gradients('once');
+  for (const use of ['held', 'twice', 'viewed'] as const) expect(await gradients(use), use).toEqual(once);
+});
 
 test('a weight of another width is refused', () => {
   scope(() => {
