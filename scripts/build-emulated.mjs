@@ -76,7 +76,9 @@ export async function buildEmulated(compiler, jobs, force) {
     return object;
   };
   const kernels = list(path.join(native, 'cuda'), '.cu').map((source) => add(source, plan.instrument));
-  const host = [families, ...cuda.core.map((file) => path.join(native, 'core', file)), ...hostSources()].map((source) => add(source));
+  const host = [families, ...cuda.core.map((file) => path.join(native, 'core', file)), ...hostSources()].map((source) =>
+    add(source),
+  );
   const tests = list(testFolder, '_test.cpp').map((source) => add(source, plan.instrument));
   if (tasks.length > 0) console.error(`limbeck: compiling ${tasks.length} files of the emulated CUDA backend (${jobs} at once)`);
   rmSync(flagsFile, { force: true });
@@ -91,7 +93,10 @@ export async function buildEmulated(compiler, jobs, force) {
   });
   const shared = process.platform === 'darwin' ? ['-dynamiclib'] : ['-shared', '-Wl,-z,defs'];
   await runAll(
-    [link(shared, `${library}.new`, 'linking limbeck_cuda_emulated.so'), ...tests.map((object, i) => link([object], programs[i], programs[i]))],
+    [
+      link(shared, `${library}.new`, 'linking limbeck_cuda_emulated.so'),
+      ...tests.map((object, i) => link([object], programs[i], programs[i])),
+    ],
     jobs,
   );
   renameSync(`${library}.new`, library);

@@ -6,6 +6,7 @@
 //     --force    look at every file again, even if the addon seems up to date
 //     --tests    also build test/native/*_test.cpp, one program for each instruction set, and the emulated CUDA backend with
 //                test/emulate/*_test.cpp; print the programs' paths
+//     --emulated also build the emulated CUDA backend, which --tests has in it
 //     --list     only print the files that the addon is made from
 //
 // Environment: CXX, LIMBECK_BLAS (builtin | auto | openblas | mkl | accelerate), LIMBECK_SANITIZE (address,undefined), LIMBECK_JOBS.
@@ -244,8 +245,8 @@ async function main() {
     const seconds = ((Date.now() - began.getTime()) / 1000).toFixed(1);
     console.error(`limbeck: native core built in ${seconds} s (${direct ? compiler.name : 'cmake-js'})`);
   }
+  if (tests || has('--emulated')) await buildEmulated(compiler, jobs, has('--force'));
   if (!tests) return;
-  await buildEmulated(compiler, jobs, has('--force'));
   for (const program of [...testPrograms(), ...emulatedPrograms()]) console.log(program);
 }
 

@@ -50,8 +50,18 @@ Caught caught(F launch) {
   return {};
 }
 
-inline bool has(const Caught& c, const char* code, const char* part = "") { return c.code == code && c.message.find(part) != std::string::npos; }
-#define CHECK_CAUGHT(caught, code, part) CHECK(check::has(caught, code, part), "caught %s: %s", (caught).code.c_str(), (caught).message.c_str())
+inline bool has(const Caught& c, const char* code, const char* part = "") { return (c.code == code || (std::string(code).back() == 95 && c.code.rfind(code, 0) == 0)) && c.message.find(part) != std::string::npos; }
+// The error's code, and a part of its message.
+#define CHECK_CAUGHT(launch, ...)                                                                                         \
+  do {                                                                                                                    \
+    const check::Caught c_ = (launch);                                                                                    \
+    CHECK(check::has(c_, __VA_ARGS__), "caught %s: %s", c_.code.c_str(), c_.message.c_str());                             \
+  } while (0)
+#define CHECK_FINE(launch)                                                                   \
+  do {                                                                                       \
+    const check::Caught c_ = (launch);                                                       \
+    CHECK(c_.code.empty(), "caught %s: %s", c_.code.c_str(), c_.message.c_str());            \
+  } while (0)
 
 // Small numbers that bf16 holds exactly, so that products and sums are exact.
 inline float number(uint32_t i) { return static_cast<float>(static_cast<int>((i * 2654435761u >> 16) % 17) - 8) / 4; }

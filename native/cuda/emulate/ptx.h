@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/float8.h"
 #include "cuda/emulate/schedule.h"
 #include "cuda/tensor_map.h"
 
