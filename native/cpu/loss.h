@@ -41,13 +41,14 @@ struct HeadShape {
   HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]) {
     ld = (v + 15) / 16 * 16 + 16;
     slots = (v + kSlot - 1) / kSlot;
-    // Each chunk reads w twice and adds to all of dw. Where they stay in the shared cache 256 tokens are enough for that to cost
-    // little; else up to 512, as many as 88 MiB of logits hold, or up to 160 MiB where that is few.
-    constexpr int64_t kUsual = 88 << 20, kLarge = 160 << 20, kEnough = 256, kCached = 16 << 20;
-    const int64_t most = v * c * 4 <= kCached ? 256 : 512;
-    const int64_t row_bytes = buffers * ld * 4, usual = kUsual / row_bytes, large = kLarge / row_bytes;
+    // Each chunk reads w twice and adds to all of dw, so it takes up to 512 tokens: as many as 88 MiB of logits hold, or 17 MiB where w and
+    // dw stay in the shared cache and the logits should too. Where that is few, 160 MiB for up to 256 tokens.
+    constexpr int64_t kMost = 512, kEnough = 256, kCached = 16 << 20;
+    constexpr int64_t kSmall = 17 << 20, kUsual = 88 << 20, kLarge = 160 << 20;
+    const int64_t row_bytes = buffers * ld * 4, large = kLarge / row_bytes;
+    const int64_t usual = (v * c * 4 <= kCached ? kSmall : kUsual) / row_bytes;
     rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
-    rows = rows > most ? most : rows < 16 ? 16 : rows / 16 * 16;
+    rows = rows > kMost ? kMost : rows < 16 ? 16 : rows / 16 * 16;
     if (rows > n) rows = n;
   }
 };
