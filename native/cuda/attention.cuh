@@ -23,8 +23,10 @@ struct Problem {
   int b, t, s, h, g, d;
   int group, rows;  // query heads of a key/value head; rows of a pair
   int window;       // 0: none
-  float scale, cap;
+  float scale;
   bool capped, direct;
+  float soft_factor;  // scores q.k times this are what tanh takes: scale / cap
+  float factor;       // to units of log 2: of tanh's value, or where there is no cap of q.k
   bool whole_chunks;  // rows of all tensors are whole 16-byte pieces: asynchronous copies can move them
 };
 
@@ -42,10 +44,11 @@ inline Problem problem_of(const Call& call, int first) {
   p.group = p.g > 0 ? p.h / p.g : 0;
   p.rows = p.t * p.group;
   p.scale = static_cast<float>(call.scalar[0]);
-  p.cap = static_cast<float>(call.scalar[1]);
   p.window = dim(static_cast<int64_t>(call.scalar[2]));
   p.capped = call.scalar[1] > 0;
   p.direct = p.capped && call.scalar[1] <= kDirectCap;
+  p.soft_factor = p.capped ? static_cast<float>(call.scalar[0] / call.scalar[1]) : 0.f;
+  p.factor = static_cast<float>(call.scalar[p.capped ? 1 : 0]) * kLog2e;
   p.whole_chunks = p.d % 8 == 0;
   for (const View* views : {call.in, call.out})
     for (int i = 0; i < kMaxTensors; ++i) p.whole_chunks &= reinterpret_cast<uintptr_t>(views[i].data) % 16 == 0;

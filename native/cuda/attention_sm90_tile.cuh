@@ -42,8 +42,8 @@ struct Score {
 inline Score score_of(const Problem& p) {
   Score s{};
   s.capped = p.capped;
-  s.factor = p.capped ? p.scale / p.cap : p.scale * kLog2e;
-  s.top = p.cap * kLog2e;
+  s.factor = p.capped ? p.soft_factor : p.factor;
+  s.top = p.capped ? p.factor : 0.f;
   s.inverse = p.capped ? 1.f / (s.top * s.top) : 0.f;
   const float odd[5] = {0.99999309f, -0.33298066f, 0.1303681f, -0.04481754f, 0.00903642f};
   for (int i = 0; i < 5; ++i) s.c[i] = odd[i] * s.top;
