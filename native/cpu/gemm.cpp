@@ -32,6 +32,7 @@ constexpr int64_t KC = 512, MC = 6 * MR;            // a block of A (MC x KC) st
 constexpr int64_t KC = 256, MC = 12 * MR;
 #endif
 constexpr int64_t kPanelFloats = int64_t{1} << 18;  // packed B, shared by all threads, passes through L2: 1 MB
+constexpr int64_t kWholeFloats = int64_t{1} << 20;  // for few rows a B of this size is one panel: fewer waits
 constexpr int64_t kGroup = 8;                      // slivers packed by one task
 constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlotA = 1, kSlotB = 2;
@@ -534,7 +535,8 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
 
   // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
   // An activation is made once for each panel of columns: fewer and larger panels then.
-  const int64_t part = part_of(k), floats = kPanelFloats * (a.up ? 8 : 1), most = floats / part;
+  const int64_t part = part_of(k), floats = a.up ? 8 * kPanelFloats : m <= 2 * MC && whole(n) * k <= kWholeFloats ? kWholeFloats : kPanelFloats;
+  const int64_t most = floats / part;
   const int64_t panel_cols = b.packed ? n : ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
   const int64_t depth_max = b.packed ? k : least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
   float* const buffer = b.packed ? nullptr : static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
@@ -545,7 +547,7 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     // Tasks: blocks of rows, an equal number for each thread while they are few. Where there are fewer than threads, blocks of
     // columns too (each packs its rows of A again), and at last shorter blocks of rows, which waste the micro-kernel.
     const double work = 2. * static_cast<double>(m) * static_cast<double>(cols) * static_cast<double>(k);
-    const int64_t want = least(threads.size(), static_cast<int64_t>(work / 5e5) + 1);
+    const int64_t want = least(threads.size(), static_cast<int64_t>(work / 2e6) + 1);
     int64_t row_blocks = ceil_div(m, MC), col_blocks = 1;
     if (row_blocks < want) col_blocks = least(ceil_div(want, row_blocks), ceil_div(slivers, 2));
     if (row_blocks * col_blocks < want) row_blocks = least(ceil_div(want, col_blocks), ceil_div(m, 4 * MR));

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "core/kernel.h"
+#include "cuda/emulate/ranges.h"
 #include "cuda/emulate/shared.h"
 
 namespace limbeck::cuda::emulate {
@@ -48,22 +49,6 @@ void clear_cells(Cell* p, size_t n) { madvise(p, n * sizeof(Cell), MADV_DONTNEED
 constexpr size_t kGlobalCells = size_t{1} << 32;
 Cells shared_cells, global_cells;
 size_t global_cells_used = 0, global_cells_touched = 0;
-
-struct Range {
-  uintptr_t begin, end;
-  std::string name;
-  int shift;     // a cell stands for 1 << shift bytes
-  size_t cells;  // the first one
-};
-std::vector<Range> ranges;
-constexpr size_t kCached = 256;
-Range* cached[kCached];  // by page of the address
-
-struct Allowed {
-  uintptr_t begin, end;
-  std::string name;
-};
-std::vector<Allowed> allowed;
 
 // Blocks run one after the other: the first step of each, and whom the running one has heard of through atomics.
 std::vector<Step> runs;
@@ -229,16 +214,6 @@ inline void shared_fast(size_t at) {
   shared_slow(at, N, Write ? Access::write : Access::read, me_accessor, "the kernel");
 }
 
-Range* find_range(uintptr_t a) {
-  Range*& slot = cached[a >> 12 & (kCached - 1)];
-  if (slot && a - slot->begin < slot->end - slot->begin) return slot;
-  auto after = std::upper_bound(ranges.begin(), ranges.end(), a, [](uintptr_t x, const Range& r) { return x < r.begin; });
-  if (after == ranges.begin()) return nullptr;
-  Range* r = &*(after - 1);
-  if (a >= r->end) return nullptr;
-  return slot = r;
-}
-
 size_t take_cells(size_t n) {
   const size_t at = global_cells_used;
   global_cells_used += (n + 15) & ~size_t{15};
@@ -285,10 +260,8 @@ __attribute__((noinline)) void stray_write(uintptr_t a, size_t bytes) {
     stop("ERR_EMULATED_BOUNDS", "the kernel writes %zu bytes at %s", bytes, describe(reinterpret_cast<const void*>(a)).c_str());
 }
 __attribute__((noinline)) void stray_read(uintptr_t a, size_t bytes) {
-  // Near one of the tensors it is one of its neighbours that was meant.
-  for (const Range& r : ranges)
-    if (a + bytes + 4096 > r.begin && a < r.end + 4096 && on_a_fiber())
-      stop("ERR_EMULATED_BOUNDS", "the kernel reads %zu bytes at %s", bytes, describe(reinterpret_cast<const void*>(a)).c_str());
+  if (is_near_a_range(a, bytes) && on_a_fiber())
+    stop("ERR_EMULATED_BOUNDS", "the kernel reads %zu bytes at %s", bytes, describe(reinterpret_cast<const void*>(a)).c_str());
 }
 
 template <int N, bool Write>
@@ -312,39 +285,7 @@ void access_range(const void* p, size_t bytes, Access kind) {
   else stray_read(a, bytes);
 }
 
-void add_range(const void* data, size_t bytes, std::string name, int shift) {
-  if (!data || bytes == 0) return;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  ranges.push_back({begin, begin + bytes, std::move(name), shift, 0});
-}
-
-void add_view(const View& view, const char* kind, int i) {
-  if (!view.data) return;
-  const size_t bytes = size_of(view.dtype);
-  add_range(view.data, static_cast<size_t>(view.size()) * bytes, std::string(kind) + " " + std::to_string(i), bytes == 1 ? 0 : bytes == 2 ? 1 : 2);
-}
-
 }  // namespace
-
-std::string describe(const void* p) {
-  const auto a = reinterpret_cast<uintptr_t>(p);
-  if (is_shared(p)) return describe_shared(a - reinterpret_cast<uintptr_t>(shared_window));
-  const Range* nearest = nullptr;
-  uintptr_t distance = 0;
-  for (const Range& r : ranges) {
-    const uintptr_t d = a < r.begin ? r.begin - a : a >= r.end ? a - r.end + 1 : 0;
-    if (!nearest || d < distance) nearest = &r, distance = d;
-  }
-  if (!nearest || distance > (size_t{1} << 20)) {
-    char text[64];
-    std::snprintf(text, sizeof text, "address %p, which is in none of the call's tensors", p);
-    return text;
-  }
-  const std::string size = " of " + nearest->name + " (" + std::to_string(nearest->end - nearest->begin) + " bytes)";
-  if (a < nearest->begin) return std::to_string(nearest->begin - a) + " bytes before the start" + size;
-  if (a >= nearest->end) return std::to_string(a - nearest->end) + " bytes past the end" + size;
-  return "byte " + std::to_string(a - nearest->begin) + size;
-}
 
 Accessor thread_accessor() { return me_accessor; }
 Accessor accessor_of(const Thread& t) { return {t.id, t.step, &t.seen, t.id, t.step}; }
@@ -394,32 +335,12 @@ void order_blocks(const void* p) {
   by[run / 64] |= uint64_t{1} << (run % 64);
 }
 
-void allow(const void* data, size_t bytes, const char* name) {
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  allowed.push_back({begin, begin + bytes, name});
-}
-void forbid(const void* data) {
-  std::erase_if(allowed, [&](const Allowed& a) { return a.begin == reinterpret_cast<uintptr_t>(data); });
-}
-
 void begin_launch(const Call& call) {
   if (!shared_cells.wrote) {
     shared_cells = {reserve_cells(kWindow * kMaxCluster), reserve_cells(kWindow * kMaxCluster), reserve_cells(kWindow * kMaxCluster)};
     global_cells = {reserve_cells(kGlobalCells), reserve_cells(kGlobalCells), reserve_cells(kGlobalCells)};
   }
-  ranges.clear();
-  for (int i = 0; i < kMaxTensors; ++i) add_view(call.in[i], "input", i), add_view(call.out[i], "output", i);
-  add_range(call.workspace, call.workspace_bytes, "the workspace", 2);
-  for (const Allowed& a : allowed) add_range(reinterpret_cast<const void*>(a.begin), a.end - a.begin, a.name, 2);
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin != b.begin ? a.begin < b.begin : a.end > b.end; });
-  size_t kept = 0;
-  for (size_t i = 0; i < ranges.size(); ++i) {
-    if (kept > 0 && ranges[i].begin < ranges[kept - 1].end) ranges[kept - 1].end = std::max(ranges[kept - 1].end, ranges[i].end);
-    else if (kept != i) ranges[kept++] = std::move(ranges[i]);
-    else ++kept;
-  }
-  ranges.resize(kept);
-  std::fill(std::begin(cached), std::end(cached), nullptr);
+  collect_ranges(call);
   global_cells_used = 0;
   for (Range& r : ranges) r.cells = take_cells(cells_in(r));
   runs.clear(), heard.clear(), released.clear();
@@ -427,15 +348,14 @@ void begin_launch(const Call& call) {
 }
 
 void mark_array(size_t at, size_t bytes) { std::fill_n(shared_cells.wrote + at, bytes, kUnwritten); }
-void unmark_arrays(size_t at, size_t bytes) {
-  for (Cell* cells : {shared_cells.wrote, shared_cells.read, shared_cells.read_too}) std::fill_n(cells + at, bytes, kGuard);
-}
+void unmark_arrays(size_t at, size_t bytes) { std::fill_n(shared_cells.wrote + at, bytes, kGuard); }
 
 void begin_blocks() {
   if (clock_now > kLastStep - (1u << 17)) {
     // Steps begin again; what earlier blocks of this launch did is forgotten.
     for (Cell* cells : {global_cells.wrote, global_cells.read, global_cells.read_too}) clear_cells(cells, global_cells_touched);
-    renew_shared_cells();
+    for (Cell* cells : {shared_cells.wrote, shared_cells.read, shared_cells.read_too}) clear_cells(cells, kWindow * kMaxCluster);
+    mark_arrays();
     runs.clear(), heard.clear(), released.clear();
     clock_now = 0;
     launch_cell = cell(1, 0);

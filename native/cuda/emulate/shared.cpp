@@ -19,6 +19,7 @@ struct Array {
 };
 std::vector<Array> arrays;
 size_t used = 0;         // bytes of a window
+int windows = 0;         // that the arrays are in
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -45,17 +46,16 @@ void begin_shared() {
     if (p == MAP_FAILED) throw std::bad_alloc();
     shared_window = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(p), bytes));
   }
-  if (executor.checks)
-    for (int rank = 0; rank < kMaxCluster && used > 0; ++rank) unmark_arrays(static_cast<size_t>(rank) * kWindow, used);
+  if (windows > 0 && executor.checks)
+    for (int rank = 0; rank < windows; ++rank) unmark_arrays(static_cast<size_t>(rank) * kWindow, used);
   arrays.clear();
   used = 0;
+  windows = executor.cluster;
 }
 
-void renew_shared_cells() {
-  for (int rank = 0; rank < executor.cluster; ++rank) {
-    unmark_arrays(static_cast<size_t>(rank) * kWindow, used);
+void mark_arrays() {
+  for (int rank = 0; rank < windows; ++rank)
     for (const Array& a : arrays) mark_array(static_cast<size_t>(rank) * kWindow + a.place, a.bytes);
-  }
 }
 
 // NaN in every float type.

@@ -10,9 +10,10 @@ namespace limbeck::cuda::emulate {
 std::string describe_shared(size_t at);  // byte `at` of the windows
 void begin_shared();                     // a new launch: no arrays
 void fill_shared();                      // new blocks: the arrays hold nothing
-// Shadow cells of arrays in every block's window.
+void mark_arrays();                      // their shadow cells were lost
+
+// Shadow cells: an array that nobody has written yet, and what is no array.
 void mark_array(size_t at, size_t bytes);
 void unmark_arrays(size_t at, size_t bytes);
-void renew_shared_cells();
 
 }  // namespace limbeck::cuda::emulate
