@@ -332,12 +332,13 @@ void Engine::loop() {
 }
 
 void Engine::execute(Command& command) {
-  const bool skip = fault_ && command.epoch <= fault_epoch_;
-  if (!skip && fault_) {
+  // Somebody was told what stopped the stream: work from then on counts again. The device may have found it without this thread.
+  if (command.epoch != running_epoch_) {
+    running_epoch_ = command.epoch;
     fault_.reset();
     backend_->clear_fault();
   }
-  if (!skip) {
+  if (!fault_) {
     try {
       perform(command);
     } catch (const Error& e) {
@@ -345,7 +346,6 @@ void Engine::execute(Command& command) {
     } catch (const std::exception& e) {
       fault_ = std::make_unique<Error>(ErrorKind::internal, "ERR_KERNEL", std::string(command.call.op) + ": " + e.what());
     }
-    if (fault_) fault_epoch_ = command.epoch;
   }
   if (command.done_fn) command.done_fn(fault_.get());
 }

@@ -172,7 +172,7 @@ class Engine {
 
   // The stream's own.
   std::unique_ptr<Error> fault_;
-  uint64_t fault_epoch_ = 0;
+  uint64_t running_epoch_ = 0;
   std::mutex profile_mutex_;
   std::thread thread_;
 };

@@ -7,6 +7,7 @@ import { memory } from '../../src/tensor/engine.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
+import { testDevice } from '../device.ts';
 
 /** What references compute with. */
 export interface Array64 {
@@ -14,9 +15,13 @@ export interface Array64 {
   readonly data: Float64Array;
 }
 
+/** What a tensor without a dtype is: f32 on the CPU, on other devices each of the two. */
+export type Compute = 'f32' | 'bf16';
+
 /** One input of one case: floats are drawn from a normal distribution, i32 from 0 to `below`, unless `data` is given. */
 export interface Input {
   readonly shape: readonly number[];
+  /** Default: the compute dtype. */
   readonly dtype?: 'f32' | 'bf16' | 'i32';
   readonly below?: number;
   readonly data?: readonly number[];
@@ -33,7 +38,15 @@ export interface Row {
   readonly tolerance?: number;
   /** The same for gradients. Default 4e-6. */
   readonly gradientTolerance?: number;
+  /** What a device other than the CPU computes it in. Default both. */
+  readonly compute?: readonly Compute[];
+  /** The tolerances where bf16 is computed in. Default: as above; outputs may be off by their own rounding, gradients by twice that. */
+  readonly bf16Tolerance?: number;
+  readonly bf16GradientTolerance?: number;
 }
+
+/** Half of the distance between neighbours, relative to the number: what rounding to bf16 may change. */
+const rounding = { f32: 0, bf16: 2 ** -9 };
 
 /** A small fast generator: the same cases in every run. */
 export function randomNumbers(seed: number): () => number {
@@ -90,42 +103,58 @@ export function product(x: ArrayLike<number>, y: ArrayLike<number>): number {
   return s;
 }
 
-function draw(input: Input, random: () => number): Array64 {
+const dtypeOf = (input: Input, compute: Compute): 'f32' | 'bf16' | 'i32' => input.dtype ?? compute;
+
+function draw(input: Input, random: () => number, compute: Compute = 'f32'): Array64 {
   const normal = (): number => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
   const data = Float64Array.from(input.data ?? { length: sizeOf(input.shape) }, (given: unknown) => {
-    if (input.dtype === 'i32') return typeof given === 'number' ? given : Math.floor(random() * (input.below ?? 1));
+    const dtype = dtypeOf(input, compute);
+    if (dtype === 'i32') return typeof given === 'number' ? given : Math.floor(random() * (input.below ?? 1));
     const x = typeof given === 'number' ? given : normal();
-    return input.dtype === 'bf16' ? fromBf16(bf16Bits(x)) : Math.fround(x);
+    return dtype === 'bf16' ? fromBf16(bf16Bits(x)) : Math.fround(x);
   });
   return { shape: input.shape, data };
 }
 
-function toTensor(input: Input, a: Array64): Tensor {
-  if (input.dtype === 'i32') return tensor(Int32Array.from(a.data), a.shape);
-  if (input.dtype === 'bf16') return tensor(Uint16Array.from(a.data, bf16Bits), a.shape);
+function toTensor(dtype: string, a: Array64): Tensor {
+  if (dtype === 'i32') return tensor(Int32Array.from(a.data), a.shape);
+  if (dtype === 'bf16') return tensor(Uint16Array.from(a.data, bf16Bits), a.shape);
   return tensor(Float32Array.from(a.data), a.shape);
+}
+
+/** A tensor's numbers; those of bf16 as floats. */
+async function numbers(t: Tensor): Promise<ArrayLike<number>> {
+  const read = await t.read();
+  return t.dtype === 'bf16' ? Float32Array.from(read as Uint16Array, fromBf16) : (read as ArrayLike<number>);
 }
 
 const list = <T>(x: T | readonly T[]): readonly T[] => (Array.isArray(x) ? x : [x as T]);
 
-function expectClose(actual: ArrayLike<number>, expected: ArrayLike<number>, tolerance: number, what: string): void {
+function expectClose(
+  actual: ArrayLike<number>,
+  expected: ArrayLike<number>,
+  tolerance: number,
+  what: string,
+  relative = 0,
+): void {
   expect(actual.length, what).toBe(expected.length);
   let largest = 0;
   for (let i = 0; i < expected.length; i++) if (Number.isFinite(expected[i])) largest = Math.max(largest, Math.abs(expected[i]!));
   for (let i = 0; i < expected.length; i++) {
     const [a, e] = [actual[i]!, expected[i]!];
-    if (Object.is(a, e) || a === e || Math.abs(a - e) <= tolerance * (1 + Math.min(largest, 4 * Math.abs(e) + 1))) continue;
+    if (Object.is(a, e) || a === e) continue;
+    if (Math.abs(a - e) <= tolerance * (1 + Math.min(largest, 4 * Math.abs(e) + 1)) + relative * Math.abs(e)) continue;
     expect.fail(`${what}: element ${i} is ${a}, expected ${e}`);
   }
 }
 
 /** A weight for each output, so that all of them matter to one loss. */
-function weightsOf(outputs: readonly Array64[], random: () => number): Array64[] {
-  return outputs.map((y) => draw({ shape: y.shape }, random));
+function weightsOf(outputs: readonly Array64[], random: () => number, compute: Compute): Array64[] {
+  return outputs.map((y) => draw({ shape: y.shape }, random, compute));
 }
 
 function lossOf(y: readonly Tensor[], weights: readonly Array64[]): Tensor {
-  return y.map((t, i) => dot(t, tensor(Float32Array.from(weights[i]!.data), t.shape))).reduce((a, b) => add(a, b));
+  return y.map((t, i) => dot(t, toTensor(t.dtype, weights[i]!))).reduce((a, b) => add(a, b));
 }
 
 /** The slope of the loss along one direction of input i, by a central difference of the reference. */
@@ -144,33 +173,47 @@ function directions(size: number, random: () => number): Float64Array[] {
   return Array.from({ length: size }, (_, j) => new Float64Array(size).fill(1, j, j + 1));
 }
 
+interface Gradient {
+  readonly dtype: 'f32' | 'bf16';
+  readonly data: ArrayLike<number>;
+}
+
 async function gradients(
   row: Row,
-  inputs: readonly Input[],
+  dtypes: readonly string[],
   arrays: readonly Array64[],
   weights: readonly Array64[],
   wanted: readonly number[],
   times: number,
-) {
-  const tensors = inputs.map((input, i) => toTensor(input, arrays[i]!));
+): Promise<Gradient[]> {
+  const tensors = dtypes.map((dtype, i) => toTensor(dtype, arrays[i]!));
   for (const i of wanted) parameter(tensors[i]!);
   for (let k = 0; k < times; k++) valueAndGrad(() => lossOf(list(row.run(...tensors)), weights)).dispose();
-  const read = await Promise.all(wanted.map((i) => tensors[i]!.grad!.read()));
+  const read = await Promise.all(
+    wanted.map(async (i) => {
+      const g = tensors[i]!.grad!;
+      return { dtype: g.dtype as Compute, data: await numbers(g) };
+    }),
+  );
   for (const t of tensors) t.dispose();
   return read;
 }
 
-async function checkCase(row: Row, inputs: readonly Input[], seed: number): Promise<void> {
-  const what = `${row.name} ${inputs.map((x) => `${x.dtype ?? 'f32'}[${x.shape.join(' ')}]`).join(' ')}`;
+async function checkCase(row: Row, inputs: readonly Input[], seed: number, compute: Compute): Promise<void> {
+  const dtypes = inputs.map((x) => dtypeOf(x, compute));
+  const what = `${row.name} ${inputs.map((x, i) => `${dtypes[i]}[${x.shape.join(' ')}]`).join(' ')}`;
   const before = memory().tensors;
   const random = randomNumbers(seed);
-  const arrays = inputs.map((input) => draw(input, random));
-  const floats = inputs.flatMap((x, i) => (x.dtype === 'i32' ? [] : [i]));
+  const arrays = inputs.map((input) => draw(input, random, compute));
+  const floats = inputs.flatMap((_, i) => (dtypes[i] === 'i32' ? [] : [i]));
+  const tolerance = (compute === 'bf16' ? row.bf16Tolerance : undefined) ?? row.tolerance ?? 1e-6;
 
+  let outputRounding: number[] = [];
   const values = async (given: readonly Array64[]): Promise<ArrayLike<number>[]> => {
-    const tensors = inputs.map((input, i) => toTensor(input, given[i]!));
+    const tensors = dtypes.map((dtype, i) => toTensor(dtype, given[i]!));
     const outputs = scope(() => list(row.run(...tensors)));
-    const read = await Promise.all(outputs.map((y) => y.read()));
+    outputRounding = outputs.map((y) => (y.dtype === 'bf16' ? rounding.bf16 : 0));
+    const read = await Promise.all(outputs.map(numbers));
     for (const t of [...tensors, ...outputs]) t.dispose();
     return read;
   };
@@ -178,7 +221,7 @@ async function checkCase(row: Row, inputs: readonly Input[], seed: number): Prom
   const expected = list(row.reference(...arrays));
   const actual = await values(arrays);
   expected.forEach((y, i) => {
-    expectClose(actual[i]!, y.data, row.tolerance ?? 1e-6, `${what}: output ${i}`);
+    expectClose(actual[i]!, y.data, tolerance, `${what}: output ${i}`, outputRounding[i]);
   });
 
   for (const i of floats) {
@@ -195,27 +238,29 @@ async function checkCase(row: Row, inputs: readonly Input[], seed: number): Prom
   }
 
   if (row.gradient !== false) {
-    const weights = weightsOf(expected, random);
-    const once = await gradients(row, inputs, arrays, weights, floats, 1);
-    const twice = await gradients(row, inputs, arrays, weights, floats, 2);
+    const weights = weightsOf(expected, random, compute);
+    const once = await gradients(row, dtypes, arrays, weights, floats, 1);
+    const twice = await gradients(row, dtypes, arrays, weights, floats, 2);
     for (const [k, i] of floats.entries()) {
-      const tolerance = row.gradientTolerance ?? 4e-6;
+      const { dtype, data } = once[k]!;
+      const asked = compute === 'bf16' ? row.bf16GradientTolerance : undefined;
+      const tolerance = asked ?? Math.max(row.gradientTolerance ?? 4e-6, 2 * rounding[dtype]);
       for (const [d, direction] of directions(arrays[i]!.data.length, random).entries()) {
         const expected = slope(row, arrays, i, direction, weights);
-        const actual = product(once[k]!, direction);
-        const magnitude = 1 + total(direction.map((x, j) => Math.abs(x * once[k]![j]!)));
+        const actual = product(data, direction);
+        const magnitude = 1 + total(direction.map((x, j) => Math.abs(x * data[j]!)));
         if (!(Math.abs(actual - expected) <= tolerance * magnitude))
           expect.fail(`${what}: slope ${d} of input ${i} is ${actual}, expected ${expected}`);
       }
       expectClose(
-        twice[k]!,
-        Float64Array.from(once[k]!, (g) => 2 * g),
+        twice[k]!.data,
+        Float64Array.from(data, (g) => 2 * g),
         tolerance,
         `${what}: gradient of input ${i}, accumulated`,
       );
       if (floats.length > 1) {
-        const alone = await gradients(row, inputs, arrays, weights, [i], 1);
-        const at = once[k]!.findIndex((g: number, j: number) => !Object.is(g, alone[0]![j]));
+        const alone = (await gradients(row, dtypes, arrays, weights, [i], 1))[0]!;
+        const at = Array.from(data).findIndex((g, j) => !Object.is(g, alone.data[j]));
         if (at >= 0) expect.fail(`${what}: gradient of input ${i} alone differs at ${at}`);
       }
     }
@@ -223,11 +268,15 @@ async function checkCase(row: Row, inputs: readonly Input[], seed: number): Prom
   expect(memory().tensors, `${what}: tensors alive`).toBe(before);
 }
 
-/** Declares the test of one op. */
+/** Declares the test of one op, in each dtype that the device computes in. */
 export function checkOp(row: Row): void {
-  test(row.name, async () => {
-    for (const [i, inputs] of row.cases.entries()) await checkCase(row, inputs, i + 1);
-  });
+  const all: readonly Compute[] = testDevice === 'cpu' ? ['f32'] : (row.compute ?? ['f32', 'bf16']);
+  // Where every input has a dtype of its own, there is nothing to choose.
+  const chosen = row.cases.some((inputs) => inputs.some((x) => !x.dtype)) ? all : all.slice(0, 1);
+  for (const compute of chosen)
+    test(compute === 'f32' ? row.name : `${row.name}, computed in bf16`, async () => {
+      for (const [i, inputs] of row.cases.entries()) await checkCase(row, inputs, i + 1, compute);
+    });
 }
 
 /** Elements only matter one by one: none, one, a prime, one past a vector, one past a chunk of 16384. */

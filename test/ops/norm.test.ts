@@ -8,7 +8,7 @@ import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, tensor } from '../../src/tensor/tensor.ts';
 import { type Array64, checkOp, elementwise, type Input, rowwise, total } from './check.ts';
 
-// No rows, rows of one, primes, one past a vector, two parts of the sum over rows.
+// No rows, rows of one, primes, one past a vector, two parts of the sum over rows; rows that a warp, a block, or no block can hold.
 const shapes = [
   [0, 5],
   [1, 1],
@@ -17,6 +17,10 @@ const shapes = [
   [5, 64],
   [33, 65],
   [260, 67],
+  [70, 264],
+  [9, 1032],
+  [3, 2051],
+  [2, 16_392],
 ];
 const cases = (rest: (shape: number[]) => Input[]): Input[][] => shapes.flatMap((shape) => [[{ shape }, ...rest(shape)]]);
 const width = (shape: readonly number[]): number[] => [shape.at(-1)!];
@@ -40,6 +44,13 @@ checkOp({
   run: (x, w) => rmsNorm(x!, w!, { eps: 0.1 }),
   reference: (x, w) => rms(x!, w!, 0.1, 0),
   cases: cases((s) => [{ shape: width(s), dtype: 'bf16' }]),
+});
+
+checkOp({
+  name: 'rms_norm, Gemma, f32 weights',
+  run: (x, w) => rmsNorm(x!, w!, { offset: 1 }),
+  reference: (x, w) => rms(x!, w!, 1e-6, 1),
+  cases: cases((s) => [{ shape: width(s), dtype: 'f32' }]).slice(2),
 });
 
 checkOp({
