@@ -33,7 +33,7 @@ const cases = (dtype?: 'bf16'): Input[][] =>
     { tokens: [3, 41], v: 70_000, c: 1 },
   ].map(({ tokens, v, c }) => [
     { shape: tokens, dtype: 'i32', below: v },
-    dtype ? { shape: [v, c], dtype } : { shape: [v, c] },
+    { shape: [v, c], weight: true, ...(dtype && { dtype }) },
   ]);
 
 checkOp({

@@ -23,7 +23,11 @@ const shapes = [
   [2, 16_392],
 ];
 const cases = (rest: (shape: number[]) => Input[]): Input[][] => shapes.flatMap((shape) => [[{ shape }, ...rest(shape)]]);
-const width = (shape: readonly number[]): number[] => [shape.at(-1)!];
+const weight = (shape: readonly number[], dtype?: 'f32' | 'bf16'): Input => ({
+  shape: [shape.at(-1)!],
+  weight: true,
+  ...(dtype && { dtype }),
+});
 
 const rms = (x: Array64, w: Array64, eps: number, offset: number): Array64 =>
   rowwise(x, (row) => {
@@ -36,28 +40,28 @@ checkOp({
   name: 'rms_norm, Gemma',
   run: (x, w) => rmsNorm(x!, w!, { offset: 1 }),
   reference: (x, w) => rms(x!, w!, 1e-6, 1),
-  cases: cases((s) => [{ shape: width(s) }]),
+  cases: cases((s) => [weight(s)]),
 });
 
 checkOp({
   name: 'rms_norm, Llama, bf16 weights',
   run: (x, w) => rmsNorm(x!, w!, { eps: 0.1 }),
   reference: (x, w) => rms(x!, w!, 0.1, 0),
-  cases: cases((s) => [{ shape: width(s), dtype: 'bf16' }]),
+  cases: cases((s) => [weight(s, 'bf16')]),
 });
 
 checkOp({
   name: 'rms_norm, Gemma, f32 weights',
   run: (x, w) => rmsNorm(x!, w!, { offset: 1 }),
   reference: (x, w) => rms(x!, w!, 1e-6, 1),
-  cases: cases((s) => [{ shape: width(s), dtype: 'f32' }]).slice(2),
+  cases: cases((s) => [weight(s, 'f32')]).slice(2),
 });
 
 checkOp({
   name: 'rms_norm_add',
   run: (x, w, residual) => rmsNormAdd(x!, w!, residual!, { offset: 1 }),
   reference: (x, w, residual) => plus(rms(x!, w!, 1e-6, 1), residual!),
-  cases: cases((s) => [{ shape: width(s) }, { shape: s }]),
+  cases: cases((s) => [weight(s), { shape: s }]),
 });
 
 const layer = (x: Array64, w: Array64, bias?: Array64): Array64 =>
@@ -72,12 +76,9 @@ checkOp({
   run: (x, w, bias) => layerNorm(x!, w!, bias),
   reference: (x, w, bias) => layer(x!, w!, bias),
   cases: [
-    ...cases((s) => [{ shape: width(s) }, { shape: width(s) }]),
-    ...cases((s) => [{ shape: width(s) }]).slice(2, 5),
-    ...cases((s) => [
-      { shape: width(s), dtype: 'bf16' },
-      { shape: width(s), dtype: 'bf16' },
-    ]).slice(2, 5),
+    ...cases((s) => [weight(s), weight(s)]),
+    ...cases((s) => [weight(s)]).slice(2, 5),
+    ...cases((s) => [weight(s, 'bf16'), weight(s, 'bf16')]).slice(2, 5),
   ],
   // Where a row has one element its variance is 0: the gradient is the difference of equals, times 1 / sqrt(eps) = 316.
   gradientTolerance: 2e-5,
