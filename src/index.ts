@@ -53,6 +53,8 @@ export {
   type SpecTree,
   type Tensors,
   vector,
+  type WeightSpec,
+  weight,
 } from './nn/parameters.ts';
 // Ops
 export { geglu, gelu, silu, swiglu } from './ops/activation.ts';
@@ -72,7 +74,7 @@ export {
 } from './ops/loss.ts';
 export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
 export { type AdamWOptions, type AdamWState, adamw_, type Moment8 } from './ops/optimizer.ts';
-export { type Fp8Weight, linearFp8, quantizeFp8 } from './ops/quant.ts';
+export { type Fp8Weight, linearFp8, quantizeFp8, type Weight } from './ops/quant.ts';
 export { randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';

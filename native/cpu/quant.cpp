@@ -91,9 +91,9 @@ static int64_t rows_at_once(int64_t n, int64_t k) {
   return rows < n ? rows : n;
 }
 
-// linear_fp8(x[* k], q[n k]:u8, scale[n]:f32) -> y[* n]
+// linear_fp8(x[* k], q[n k]:u8, scale[n]:f32, bias[n]?) -> y[* n]
 static void linear_fp8(const Call& call) {
-  const View &x = call.in[0], &q = call.in[1], &scale = call.in[2], &y = call.out[0];
+  const View &x = call.in[0], &q = call.in[1], &scale = call.in[2], &bias = call.in[3], &y = call.out[0];
   if (!y) return;
   const int64_t m = x.rows(), n = q.dims[0], k = q.dims[1], block = rows_at_once(n, k);
   float* tokens = static_cast<float*>(call.workspace);
@@ -112,7 +112,9 @@ static void linear_fp8(const Call& call) {
       const float s = scale.as<float>()[begin + row];
       for_lanes(0, k, [&](int64_t i, auto lanes) { lanes.put(weights + row * k + i, float8_values(get_codes(from + i, lanes)) * s); });
     });
-    gemm(*call.threads, m, rows, k, rows_of(tokens, k), transposed(weights, k), y.as<float>() + begin, n);
+    GemmOptions options;
+    if (bias) options.bias = bias.as<float>() + begin;
+    gemm(*call.threads, m, rows, k, rows_of(tokens, k), transposed(weights, k), y.as<float>() + begin, n, options);
   }
 }
 

@@ -130,7 +130,8 @@ static size_t gated_linear_workspace(const Call& call) {
 
 // ---- gated_linear_backward(dy[* n], gate[* f], up[* f], w[n f]:float, kind) -> dgate[* f], dup[* f], dw[n f]:f32+
 
-// One pass makes both gradients from that of the activation, which lies where one of them will, and the activation once more for dw.
+// One pass makes both gradients from that of the activation, and in its place the activation once more for dw. The gradients may lie
+// where gate and up do.
 template <class T, Gate G>
 struct GatedSlopes {
   const T *gate, *up, *dact;
@@ -161,12 +162,11 @@ static void gated_linear_backward(const Call& call) {
   const int64_t m = dy.rows(), n = w.dims[0], f = w.dims[1];
   const bool silu = is_silu(call);
   Parts parts(call.workspace);
-  T* act = dw ? parts.take<T>(gate.size()) : nullptr;
+  T* act = parts.take<T>(gate.size());
   if (dgate || dup) {
-    const View& dact = dup ? dup : dgate;
     const void* weight = in_dtype<T>(call, w, parts);
-    multiply(call, m, f, n, rows_of(dy.data, kDType<T>, n), rows_of(weight, kDType<T>, f), dact);
-    (silu ? slopes<T, Gate::silu> : slopes<T, Gate::gelu_tanh>)(call, dact.as<T>(), act);
+    multiply(call, {m, f, n, rows_of(dy.data, kDType<T>, n), rows_of(weight, kDType<T>, f), act, kDType<T>, f});
+    (silu ? slopes<T, Gate::silu> : slopes<T, Gate::gelu_tanh>)(call, act, dw ? act : nullptr);
   } else if (dw) {
     (silu ? activate<T, Gate::silu> : activate<T, Gate::gelu_tanh>)(call, gate, up, act);
   }
@@ -176,7 +176,7 @@ static void gated_linear_backward(const Call& call) {
 template <class T>
 static size_t gated_linear_backward_workspace(const Call& call) {
   Parts parts;
-  if (call.out[2]) parts.take<T>(call.in[1].size());
+  parts.take<T>(call.in[1].size());
   if (call.out[0] || call.out[1]) in_dtype<T>(call, call.in[3], parts);
   return parts.used();
 }

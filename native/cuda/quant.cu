@@ -62,7 +62,7 @@ static void quantize_fp8(const Call& call) {
   quantize_rows<T>(call, call.in[0], call.out[0].as<uint8_t>(), call.out[1].as<float>());
 }
 
-// ---- linear_fp8(x[* k], q[n k]:u8, scale[n]:f32) -> y[* n]
+// ---- linear_fp8(x[* k], q[n k]:u8, scale[n]:f32, bias[n]?) -> y[* n]
 
 struct WidenCodes {
   const uint8_t* codes;
@@ -84,16 +84,18 @@ struct WidenCodes {
   }
 };
 
-// y[i, j] = sums[i, j] * tokens[i] * channels[j], for some columns of y.
+// y[i, j] = sums[i, j] * tokens[i] * channels[j] (+ bias[j]), for some columns of y.
 template <class T>
 struct ScaleSums {
   const float *sums, *tokens, *channels;
+  const T* bias;
   int64_t columns, n;
   T* y;
   template <class L>
   __device__ __forceinline__ void operator()(int64_t at, L lanes) const {
     const Division place = divide(at, columns);
-    lanes.put(y + place.quotient * n + place.rest, lanes.get(sums + at) * lanes.get(channels + place.rest) * tokens[place.quotient]);
+    const auto v = lanes.get(sums + at) * lanes.get(channels + place.rest) * tokens[place.quotient];
+    lanes.put(y + place.quotient * n + place.rest, bias ? v + lanes.get(bias + place.rest) : v);
   }
 };
 
@@ -104,21 +106,27 @@ static int64_t rows_at_once(int64_t n, int64_t k) {
   return rows < n ? rows : n;
 }
 
+// The library adds a bias of bf16 only.
+static bool by_library(const Call& call) {
+  const Device& device = device_of(call);
+  const View &x = call.in[0], &q = call.in[1], &bias = call.in[3];
+  return (!bias || x.dtype == DType::bf16) && device.blas->multiplies_fp8(device, q.dims[0], q.dims[1]);
+}
+
 template <class T>
 static void linear_fp8(const Call& call) {
-  const View &x = call.in[0], &q = call.in[1], &scale = call.in[2], &y = call.out[0];
+  const View &x = call.in[0], &q = call.in[1], &scale = call.in[2], &bias = call.in[3], &y = call.out[0];
   if (!y) return;
-  const Device& device = device_of(call);
   const int64_t m = x.rows(), n = q.dims[0], k = q.dims[1];
   Parts parts(call.workspace);
   float* tokens = parts.take<float>(m);
-  if (device.blas->multiplies_fp8(device, n, k)) {
+  if (by_library(call)) {
     uint8_t* codes = parts.take<uint8_t>(m * k);
     quantize_rows<T>(call, x, codes, tokens);
     Matrix a = rows_of(codes, DType::u8, k), b = transposed(q.data, DType::u8, k);
     a.scales = tokens;
     b.scales = scale.as<float>();
-    return multiply(call, m, n, k, a, b, y);
+    return multiply(call, m, n, k, a, b, y, false, bias.data);
   }
   const int64_t block = rows_at_once(n, k);
   bf16 *values = parts.take<bf16>(m * k), *weights = parts.take<bf16>(block * k);
@@ -129,17 +137,17 @@ static void linear_fp8(const Call& call) {
     const WidenCodes widen{q.as<uint8_t>() + begin * k, weights};
     for_elements<8>(call, rows * k, aligned(widen.codes, widen.values), widen);
     multiply(call, {m, rows, k, rows_of(values, DType::bf16, k), transposed(weights, DType::bf16, k), sums, DType::f32, rows});
-    const ScaleSums<T> body{sums, tokens, scale.as<float>() + begin, rows, n, y.as<T>() + begin};
-    for_elements<4>(call, m * rows, rows % 4 == 0 && n % 4 == 0 && aligned(body.sums, body.channels, body.y), body);
+    const ScaleSums<T> body{sums, tokens, scale.as<float>() + begin, bias ? bias.as<T>() + begin : nullptr, rows, n,
+                            y.as<T>() + begin};
+    for_elements<4>(call, m * rows, rows % 4 == 0 && n % 4 == 0 && aligned(body.sums, body.channels, body.bias, body.y), body);
   }
 }
 
 static size_t linear_fp8_workspace(const Call& call) {
-  const Device& device = device_of(call);
   const int64_t m = call.in[0].rows(), n = call.in[1].dims[0], k = call.in[1].dims[1];
   Parts parts;
   parts.take<float>(m);
-  if (device.blas->multiplies_fp8(device, n, k)) {
+  if (by_library(call)) {
     parts.take<uint8_t>(m * k);
   } else {
     parts.take<bf16>(m * k);

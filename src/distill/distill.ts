@@ -39,7 +39,7 @@ export async function* distill(
   let data: Dataset | undefined;
   try {
     const teacherTokenizer = await loadTokenizer(teacherFolder);
-    teacher = await loadWeights(teacherFolder);
+    teacher = await loadWeights(teacherFolder, { weights: run.teacher.weights });
     let tokenizer: Tokenizer;
     if (resume === undefined) {
       tokenizer = run.tokenizer === undefined ? teacherTokenizer : await loadTokenizer(run.tokenizer);

@@ -1,6 +1,6 @@
 // Gemma 2 (arXiv:2408.00118): a config, its parameters, one function.
 //   B batch, T tokens, C width, H query heads, G key/value heads, D head size, F hidden width, V vocabulary
-import { matrix, type Tensors, vector } from '../nn/parameters.ts';
+import { matrix, type Tensors, vector, weight } from '../nn/parameters.ts';
 import { attention } from '../ops/attention.ts';
 import { embedding } from '../ops/embedding.ts';
 import { gatedLinear, linear } from '../ops/linear.ts';
@@ -177,25 +177,25 @@ export function checkGemma2(c: Gemma2Config): void {
 export function gemma2Spec(c: Gemma2Config) {
   const { width, heads, kvHeads, headSize, hidden, initStd: std } = c;
   const norm = (name: string) => vector(`${name}.weight`, width, 0);
-  const weight = (name: string, rows: number, cols: number) => matrix(`${name}.weight`, [rows, cols], std);
+  const linear = (name: string, rows: number, cols: number) => weight(`${name}.weight`, [rows, cols], std);
   return {
-    embed: weight('model.embed_tokens', c.vocabSize, width),
+    embed: matrix('model.embed_tokens.weight', [c.vocabSize, width], std),
     layers: Array.from({ length: c.layers }, (_, i) => {
       const at = `model.layers.${i}`;
       return {
         attention: {
           norm: norm(`${at}.input_layernorm`),
-          query: weight(`${at}.self_attn.q_proj`, heads * headSize, width),
-          key: weight(`${at}.self_attn.k_proj`, kvHeads * headSize, width),
-          value: weight(`${at}.self_attn.v_proj`, kvHeads * headSize, width),
-          output: weight(`${at}.self_attn.o_proj`, width, heads * headSize),
+          query: linear(`${at}.self_attn.q_proj`, heads * headSize, width),
+          key: linear(`${at}.self_attn.k_proj`, kvHeads * headSize, width),
+          value: linear(`${at}.self_attn.v_proj`, kvHeads * headSize, width),
+          output: linear(`${at}.self_attn.o_proj`, width, heads * headSize),
           postNorm: norm(`${at}.post_attention_layernorm`),
         },
         feedForward: {
           norm: norm(`${at}.pre_feedforward_layernorm`),
-          gate: weight(`${at}.mlp.gate_proj`, hidden, width),
-          up: weight(`${at}.mlp.up_proj`, hidden, width),
-          down: weight(`${at}.mlp.down_proj`, width, hidden),
+          gate: linear(`${at}.mlp.gate_proj`, hidden, width),
+          up: linear(`${at}.mlp.up_proj`, hidden, width),
+          down: linear(`${at}.mlp.down_proj`, width, hidden),
           postNorm: norm(`${at}.post_feedforward_layernorm`),
         },
       };

@@ -68,7 +68,10 @@ export function createModel(config: Gemma2Config, options: ParameterOptions = {}
 /** Files of a model folder. */
 const files = { config: 'config.json', weights: 'model.safetensors' } as const;
 
-/** Writes config.json, model.safetensors and the tokenizer into a folder, each beside and renamed. Transformers loads it. */
+/**
+ * Writes config.json, model.safetensors and the tokenizer into a folder, each beside and renamed. Transformers loads it.
+ * @throws ConfigError for a model of fp8 weights.
+ */
 export async function saveModel(folder: string, model: LanguageModel, tokenizer?: Tokenizer): Promise<void> {
   await mkdir(folder, { recursive: true });
   const config = transformersText(model.config, tokenizer);
@@ -80,7 +83,14 @@ export async function saveModel(folder: string, model: LanguageModel, tokenizer?
 }
 
 async function readParameters(model: LanguageModel) {
-  const { list, values } = model.parameters;
+  const { list, values, weights } = model.parameters;
+  if (weights.length > 0) {
+    throw new ConfigError('saveModel: the weights of this model are rounded to fp8; keep the folder that it was loaded from', {
+      code: 'ERR_CONFIG',
+      op: 'saveModel',
+      argument: 'model',
+    });
+  }
   // One read of the flat tensor is one consistent moment of training.
   const wide = values.dtype === 'f32' ? undefined : keep(cast(values, 'f32'));
   const flat = await readAs(wide ?? values, 'f32').finally(() => wide?.dispose());
@@ -129,9 +139,10 @@ export async function loadWeights(folder: string, options: LoadOptions = {}): Pr
 async function fill({ parameters }: LanguageModel, path: string): Promise<void> {
   const stored = await openSafetensors(path);
   try {
-    for (const { name, tensor, offset } of parameters.list) {
+    const all = [...parameters.list.map(({ name, tensor }) => ({ name, shape: tensor.shape })), ...parameters.weights];
+    for (const { name, shape } of all) {
       const entry = stored.tensors.get(name);
-      const expected = `[${tensor.shape.join(' ')}]`;
+      const expected = `[${shape.join(' ')}]`;
       if (entry === undefined) {
         throw new FormatError(`${path}: there is no tensor '${name}', which config.json asks for`, {
           code: 'ERR_CHECKPOINT',
@@ -140,7 +151,7 @@ async function fill({ parameters }: LanguageModel, path: string): Promise<void> 
           expected,
         });
       }
-      if (entry.shape.join(' ') !== tensor.shape.join(' ')) {
+      if (entry.shape.join(' ') !== shape.join(' ')) {
         throw new FormatError(`${path}: '${name}' has shape [${entry.shape.join(' ')}], config.json asks for ${expected}`, {
           code: 'ERR_CHECKPOINT',
           op: 'loadModel',
@@ -149,7 +160,7 @@ async function fill({ parameters }: LanguageModel, path: string): Promise<void> 
           actual: `[${entry.shape.join(' ')}]`,
         });
       }
-      await stored.each(name, (run, from) => parameters.write(offset + from, widen(run, entry.dtype, `${path}: '${name}'`)));
+      await stored.each(name, (run, from) => parameters.write(name, from, widen(run, entry.dtype, `${path}: '${name}'`)));
     }
     parameters.refresh();
   } finally {

@@ -2,10 +2,13 @@
 // group takes memory only from its backward pass to the update: activations that are freed on the way make room for it.
 import { copy_, fill_ } from '../ops/elementwise.ts';
 import { momentBlock } from '../ops/optimizer.ts';
+import { quantizeFp8_, type Weight } from '../ops/quant.ts';
 import { randomNormal_ } from '../ops/random.ts';
 import { currentDevice, withDevice } from '../tensor/engine.ts';
+import { ConfigError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { empty, type GradientSink, type Tensor, tensor, viewOf, withSink, writeAt } from '../tensor/tensor.ts';
+import { createFp8, type Fp8Parameter } from './fp8.ts';
 
 /** One parameter, before it exists. */
 export interface ParameterSpec {
@@ -20,19 +23,31 @@ export interface ParameterSpec {
   readonly decay: boolean;
 }
 
+/** A matrix that only `linear` reads, so that a frozen model may keep it in fp8. */
+export interface WeightSpec extends ParameterSpec {
+  readonly linear: true;
+}
+
 /** A tree of parameters: objects and arrays with {@link ParameterSpec} leaves. */
 export type SpecTree = ParameterSpec | readonly SpecTree[] | { readonly [key: string]: SpecTree };
 
 /** The tree of tensors that belongs to a tree of specs. */
-export type Tensors<S> = S extends ParameterSpec
-  ? Tensor
-  : S extends readonly (infer E)[]
-    ? readonly Tensors<E>[]
-    : { readonly [K in keyof S]: Tensors<S[K]> };
+export type Tensors<S> = S extends WeightSpec
+  ? Weight
+  : S extends ParameterSpec
+    ? Tensor
+    : S extends readonly (infer E)[]
+      ? readonly Tensors<E>[]
+      : { readonly [K in keyof S]: Tensors<S[K]> };
 
 /** A matrix: normal initial values, decayed. */
 export function matrix(name: string, shape: readonly number[], std: number): ParameterSpec {
   return { parameter: true, name, shape, std, start: 0, decay: true };
+}
+
+/** A {@link matrix} that only `linear` reads. */
+export function weight(name: string, shape: readonly [number, number], std: number): WeightSpec {
+  return { parameter: true, name, shape, std, start: 0, decay: true, linear: true };
 }
 
 /** A gain or a bias: constant initial value, not decayed. */
@@ -62,7 +77,10 @@ export interface ParameterGroup {
 /** Parameters that exist. */
 export interface Parameters<S extends SpecTree> {
   readonly tree: Tensors<S>;
+  /** Those that lie in `values`. */
   readonly list: readonly NamedParameter[];
+  /** Those that are kept in fp8. */
+  readonly weights: readonly Fp8Parameter[];
   /** All values; each parameter starts at a multiple of 64 elements, with zeros between. f32, or bf16 where that is all there is. */
   readonly values: Tensor;
   /** Rounded copies of f32 `values`, in the same places, where the ops read bf16; else undefined: they read `values`. */
@@ -73,8 +91,11 @@ export interface Parameters<S extends SpecTree> {
   readonly decay: Uint8Array;
   /** Number of parameters, padding left out. */
   readonly count: number;
-  /** Writes values from element `offset` of the flat tensor on, rounded where they are kept in bf16. {@link refresh} must follow. */
-  write(offset: number, data: Float32Array): void;
+  /**
+   * Writes elements of a parameter from `from` on, rounded where it is kept in bf16 or fp8; each from its first to its last. When all
+   * are written {@link refresh} must follow.
+   */
+  write(name: string, from: number, data: Float32Array): void;
   /** Makes the copies follow `values`. */
   refresh(): void;
   dispose(): void;
@@ -83,12 +104,14 @@ export interface Parameters<S extends SpecTree> {
 export interface ParameterOptions {
   /** With gradients. Default true. */
   readonly trainable?: boolean;
-  /** Of the initial values; undefined leaves all values zero, for loading into. */
+  /** Of the initial values; undefined leaves all values zero (those of fp8 undefined), for loading into. */
   readonly seed?: number | undefined;
   /** What the ops read. Default f32 on the CPU, bf16 on a GPU. */
   readonly dtype?: 'f32' | 'bf16' | undefined;
   /** Whether bf16 parameters that are trained are copies of f32 values, which the optimizer changes. Default true. */
   readonly master?: boolean | undefined;
+  /** `fp8` keeps the matrices that only `linear` reads in one byte each; for frozen models. Default: like the others. */
+  readonly weights?: 'fp8' | undefined;
 }
 
 /** Each parameter starts at a multiple of this many elements, and each group at a multiple of a block of 8-bit moments. */
@@ -116,7 +139,7 @@ function partsOf(tree: SpecTree): readonly SpecTree[] {
   return isSpec(tree) ? [tree] : Object.values(tree).flatMap((part: SpecTree) => (Array.isArray(part) ? part : [part]));
 }
 
-function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec, Tensor>): Tensors<S> {
+function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec, Weight>): Tensors<S> {
   const map = (s: SpecTree): unknown => {
     if (isSpec(s)) return tensors.get(s);
     return Array.isArray(s) ? s.map(map) : Object.fromEntries(Object.entries(s).map(([k, v]) => [k, map(v)]));
@@ -124,13 +147,24 @@ function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec
   return map(tree) as Tensors<S>;
 }
 
-/** Makes the parameters of a tree, on the current device. */
+/**
+ * Makes the parameters of a tree, on the current device.
+ * @throws ConfigError where parameters of fp8 are to be trained.
+ */
 export function createParameters<S extends SpecTree>(tree: S, options: ParameterOptions = {}): Parameters<S> {
   const { trainable = true, seed, dtype = currentDevice() === 'cpu' ? 'f32' : 'bf16', master = true } = options;
+  const fp8 = (s: ParameterSpec): s is WeightSpec => options.weights === 'fp8' && 'linear' in s;
+  if (trainable && options.weights === 'fp8') {
+    throw new ConfigError('parameters: weights are fp8, which cannot be trained; leave weights out, or give trainable: false', {
+      code: 'ERR_CONFIG',
+      op: 'parameters',
+      argument: 'weights',
+    });
+  }
   const parts = partsOf(tree).map(specsOf);
   const lengths = parts.map((part) =>
     roundUp(
-      part.reduce((n, s) => n + padded(sizeOf(s)), 0),
+      part.reduce((n, s) => n + (fp8(s) ? 0 : padded(sizeOf(s))), 0),
       momentBlock,
     ),
   );
@@ -144,17 +178,26 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
   const values = zeros(mastered ? 'f32' : dtype);
   const copies = mastered && dtype === 'bf16' ? zeros('bf16') : undefined;
   const decay = new Uint8Array(size / block);
-  const tensors = new Map<ParameterSpec, Tensor>();
+  const tensors = new Map<ParameterSpec, Weight>();
   const list: NamedParameter[] = [];
+  const weights: Fp8Parameter[] = [];
   const groups: ParameterGroup[] = [];
   let start = 0;
   for (const [part, specs] of parts.entries()) {
     const length = lengths[part]!;
     let offset = start;
     for (const spec of specs) {
+      const stream = tensors.size;
+      if (fp8(spec)) {
+        const made = createFp8(spec.name, spec.shape as readonly [number, number]);
+        if (seed !== undefined) scope(() => quantizeFp8_(made.weight, drawn(spec, seed, stream)));
+        tensors.set(spec, made.weight);
+        weights.push(made);
+        continue;
+      }
       const count = sizeOf(spec);
       const t = keep(viewOf(copies ?? values, spec.shape, offset));
-      if (seed !== undefined) initialise(values, offset, spec, seed, list.length);
+      if (seed !== undefined) initialise(values, offset, spec, seed, stream);
       if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
       tensors.set(spec, t);
       list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
@@ -167,25 +210,34 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
     if (copies !== undefined) copy_(copies, values);
   };
   refresh();
+  const writers = new Map<string, (from: number, data: Float32Array) => void>();
+  for (const { name, offset } of list) writers.set(name, (from, data) => writeValues(values, offset + from, data));
+  for (const { name, write } of weights) writers.set(name, write);
   return {
     tree: mapTree(tree, tensors),
     list,
+    weights,
     values,
     copies,
     groups,
     decay,
     count: countParameters(tree),
-    write(at, data) {
-      if (values.dtype === 'f32') writeAt(values, at, data);
-      else scope(() => copy_(viewOf(values, [data.length], at), tensor(data)));
+    write(name, from, data) {
+      writers.get(name)!(from, data);
     },
     refresh,
     dispose() {
       for (const { tensor } of list) tensor.dispose();
+      for (const parameter of weights) parameter.dispose();
       values.dispose();
       copies?.dispose();
     },
   };
+}
+
+function writeValues(values: Tensor, at: number, data: Float32Array): void {
+  if (values.dtype === 'f32') writeAt(values, at, data);
+  else scope(() => copy_(viewOf(values, [data.length], at), tensor(data)));
 }
 
 function groupOf(list: readonly NamedParameter[], offset: number, size: number): ParameterGroup {
@@ -235,13 +287,17 @@ function groupOf(list: readonly NamedParameter[], offset: number, size: number):
   };
 }
 
-/** The same values whatever they are kept in: bf16 ones are rounded from f32. */
+/** The same values whatever they are kept in: those of bf16 and fp8 are rounded from f32. */
 function initialise(values: Tensor, offset: number, spec: ParameterSpec, seed: number, stream: number): void {
   scope(() => {
     const place = viewOf(values, spec.shape, offset);
     if (spec.std === 0) return spec.start === 0 ? undefined : fill_(place, spec.start);
-    const drawn = values.dtype === 'f32' ? place : empty(spec.shape);
-    randomNormal_(drawn, seed, stream, spec.std);
-    if (drawn !== place) copy_(place, drawn);
+    if (values.dtype === 'f32') drawn(spec, seed, stream, place);
+    else copy_(place, drawn(spec, seed, stream));
   });
+}
+
+function drawn(spec: ParameterSpec, seed: number, stream: number, into: Tensor = empty(spec.shape)): Tensor {
+  randomNormal_(into, seed, stream, spec.std);
+  return into;
 }

@@ -1,6 +1,9 @@
 // Matrix products with a weight [N K]: rows are output features, as in checkpoints.
 import { op } from '../tensor/op.ts';
+import { scope } from '../tensor/scope.ts';
 import type { Tensor } from '../tensor/tensor.ts';
+import { geglu, swiglu } from './activation.ts';
+import { isFp8, linearFp8, type Weight } from './quant.ts';
 
 const linearOp = op({
   forward: 'linear(x[* k], w[n k]:float, bias[n]?) -> y[* n]',
@@ -23,12 +26,13 @@ export interface GatedLinearOptions {
 /**
  * x wᵀ + bias.
  * @param x [* K]
- * @param w [N K], f32 or bf16
+ * @param w [N K], f32, bf16, or fp8 without gradients
  * @param bias [N]; undefined for none
  * @returns [* N]
  * @throws ShapeError when a shape does not fit.
  */
-export function linear(x: Tensor, w: Tensor, bias?: Tensor): Tensor {
+export function linear(x: Tensor, w: Weight, bias?: Tensor): Tensor {
+  if (isFp8(w)) return linearFp8(x, w, bias);
   return linearOp(x, w, bias)[0]!;
 }
 
@@ -37,10 +41,11 @@ export function linear(x: Tensor, w: Tensor, bias?: Tensor): Tensor {
  * backward pass, so that it never takes memory of its own.
  * @param gate [* F]
  * @param up [* F]
- * @param w [N F], f32 or bf16
+ * @param w [N F], f32, bf16, or fp8 without gradients
  * @returns [* N]
  * @throws ShapeError when a shape does not fit.
  */
-export function gatedLinear(gate: Tensor, up: Tensor, w: Tensor, { activation }: GatedLinearOptions): Tensor {
+export function gatedLinear(gate: Tensor, up: Tensor, w: Weight, { activation }: GatedLinearOptions): Tensor {
+  if (isFp8(w)) return scope(() => linearFp8((activation === 'gelu' ? geglu : swiglu)(gate, up), w));
   return gatedOp(gate, up, w, activations[activation])[0]!;
 }

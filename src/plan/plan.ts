@@ -134,6 +134,8 @@ function changes(run: RunConfig, device: PlannedDevice): { change: string; set: 
       change: `micro-batches of ${Math.ceil(sequences / 2)} instead of ${sequences} sequences`,
       set: { 'batch.sequences': Math.ceil(sequences / 2), 'batch.accumulate': accumulate * 2 },
     });
+  if (run.kind === 'distill' && run.teacher.weights === undefined)
+    found.push({ change: 'a teacher of fp8 weights', set: { 'teacher.weights': 'fp8' } });
   if (!run.recompute)
     found.push({ change: 'recompute: activations are made again in the backward pass', set: { recompute: true } });
   if (run.optimizer.moments === 'f32') found.push({ change: 'moments of 8 bits', set: { 'optimizer.moments': '8bit' } });
@@ -171,7 +173,8 @@ async function rehearsal(
   return rehearse(device, async () => {
     const live = (): number => memory('plan').live;
     const dtype = device.kind === 'cpu' ? 'f32' : 'bf16';
-    const teacher = teacherConfig === undefined ? undefined : createModel(teacherConfig, { trainable: false, dtype });
+    const weights = run.kind === 'distill' ? run.teacher.weights : undefined;
+    const teacher = teacherConfig === undefined ? undefined : createModel(teacherConfig, { trainable: false, dtype, weights });
     const afterTeacher = live();
     const student = createModel(config, { dtype, master: run.optimizer.master });
     const afterStudent = live();
@@ -199,7 +202,7 @@ async function rehearsal(
     const updating = new Set(['adamw', 'adamw_8bit', 'squared_norm']);
     const scale = (op: string): number => (updating.has(op) ? 1 : run.batch.accumulate / repeats);
     const ops = times.map(({ op, seconds }) => ({ op, seconds: seconds * scale(op) })).sort((a, b) => b.seconds - a.seconds);
-    const lossBytes = Math.max(0, ...times.filter(({ op }) => op.startsWith('linear_')).map(({ workspace }) => workspace));
+    const lossBytes = Math.max(0, ...times.filter(({ op }) => /^linear_(cross|distill)/.test(op)).map(({ workspace }) => workspace));
     optimizer.dispose();
     student.dispose();
     teacher?.dispose();

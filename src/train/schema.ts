@@ -235,7 +235,13 @@ function makeSchemas() {
         .optional()
         .describe('Path of a tokenizer.json. Default: the one saved with the teacher, whose ids the student must share.'),
       teacher: z
-        .strictObject({ checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.') })
+        .strictObject({
+          checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.'),
+          weights: z
+            .literal('fp8')
+            .optional()
+            .describe('"fp8" keeps the matrices of its layers in one byte each, rounded. Default: like the student.'),
+        })
         .describe('Whose distribution is learned.'),
       distill: z
         .strictObject({

@@ -74,20 +74,24 @@ checkOp({
 
 checkOp({
   name: 'linear_fp8',
-  run: (x, w) => scope(() => linearFp8(x!, quantizeFp8(w!))),
-  reference: (x, w) => {
+  run: (x, w, bias) => scope(() => linearFp8(x!, quantizeFp8(w!), bias)),
+  reference: (x, w, bias) => {
     const [n = 0, k = 0] = w!.shape;
     const [a, b] = [quantized(x!).values, quantized(w!).values];
     const lead = x!.shape.slice(0, -1);
     const rows = lead.reduce((p, q) => p * q, 1);
     const y = new Float64Array(rows * n);
     for (let i = 0; i < rows; i++)
-      for (let j = 0; j < n; j++) for (let l = 0; l < k; l++) y[i * n + j]! += a[i * k + l]! * b[j * k + l]!;
+      for (let j = 0; j < n; j++) {
+        y[i * n + j] = bias?.data[j] ?? 0;
+        for (let l = 0; l < k; l++) y[i * n + j]! += a[i * k + l]! * b[j * k + l]!;
+      }
     return array([...lead, n], y);
   },
   cases: sizes.map(({ lead, k, n }, i): Input[] => [
     { shape: [...lead, k] },
     { shape: [n, k], dtype: i % 2 === 0 ? 'f32' : 'bf16' },
+    ...(i < 4 ? [] : [{ shape: [n] }]),
   ]),
   gradient: false,
   tolerance: 4e-6,
