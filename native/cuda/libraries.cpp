@@ -224,18 +224,16 @@ const Library& require(Vendor vendor) {
 }
 
 std::string libraries_json() {
-  std::string json = "{";
+  std::string json = "[";
   for (const Vendor vendor : {Vendor::cublaslt, Vendor::nccl}) {
     const Library& found = library(vendor);
-    if (vendor != Vendor::cublaslt) json += ", ";
-    json += vendor == Vendor::cublaslt ? "\"cublasLt\": {" : "\"nccl\": {";
-    json += "\"path\": " + (found.handle ? quoted(found.path) : "null") + ", \"version\": " + (found.handle ? quoted(version_of(vendor)) : "null");
-    json += ", \"places\": [";
-    for (size_t i = 0; i < found.places.size(); ++i)
-      json += (i ? ", " : "") + std::string("{\"path\": ") + quoted(found.places[i].path) + ", \"problem\": " + quoted(found.places[i].problem) + "}";
+    if (json.size() > 1) json += ", ";
+    json += std::string("{\"name\": \"") + facts(vendor).name + "\", \"path\": " + quoted(found.path) + ", \"version\": " + quoted(version_of(vendor)) +
+            ", \"lookedIn\": [";
+    for (size_t i = 0; i < found.places.size(); ++i) json += (i ? ", " : "") + quoted(found.places[i].path + ": " + found.places[i].problem);
     json += "]}";
   }
-  return json + "}";
+  return json + "]";
 }
 
 }  // namespace limbeck::cuda

@@ -32,7 +32,7 @@ const Library& library(Vendor vendor);
 // The same, but a missing one is an Error of kind device, ERR_LIBRARY_MISSING, that lists the places and the fix.
 const Library& require(Vendor vendor);
 
-// What was found, as JSON: {"cublasLt": {"path", "version", "places": [..]}, "nccl": ..}; path is null where there is none. Never throws.
+// What was found, as JSON: [{"name", "path", "version", "lookedIn"}]; path and version are empty where there is none.
 std::string libraries_json();
 
 }  // namespace limbeck::cuda

@@ -91,7 +91,8 @@ checkOp({
   cases: sizes.map(({ lead, k, n }, i): Input[] => [
     { shape: [...lead, k] },
     { shape: [n, k], dtype: i % 2 === 0 ? 'f32' : 'bf16' },
-    ...(i < 4 ? [] : [{ shape: [n] }]),
+    // Sizes that fp8 instructions take, 64 and 48, come without: they add no bias to float32.
+    ...(i % 2 === 0 ? [{ shape: [n] }] : []),
   ]),
   gradient: false,
   tolerance: 4e-6,
@@ -140,7 +141,9 @@ test('rows of zeros and of tiny numbers', async () => {
   const w = tensor(Float32Array.from([0, 0, 1e-40, -1e-40, 1, -2]), [3, 2]);
   const x = tensor([1, 1]);
   const y: Tensor = scope(() => linearFp8(x, quantizeFp8(w)));
-  expect([...(await y.read())]).toEqual([0, 0, -1]);
+  const [zero, tiny, last] = [...(await y.read())] as number[];
+  expect([zero, tiny]).toEqual([0, 0]);
+  expect(last).toBeCloseTo(-1, 6);
   for (const t of [w, x, y]) t.dispose();
 });
 

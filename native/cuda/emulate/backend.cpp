@@ -91,7 +91,7 @@ class Emulated final : public Backend {
 std::unique_ptr<Backend> open(const BackendOptions&) { return std::make_unique<Emulated>(); }
 
 std::string probe() {
-  return R"({"driver":"emulated","devices":[{"name":"emulated","architecture":"9.0","memory":8589934592,"processors":4}],"libraries":{},"reason":""})";
+  return R"({"driver":"emulated","devices":[{"name":"emulated","architecture":"9.0","memory":8589934592,"processors":4}],"libraries":[],"reason":""})";
 }
 
 }  // namespace
