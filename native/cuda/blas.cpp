@@ -160,10 +160,6 @@ class CublasLt final : public Blas {
           "cublasLtMatmul", p);
   }
 
-  bool multiplies_fp8(const Device& device, int64_t n, int64_t k) const override {
-    return device.architecture == 90 && n % 16 == 0 && k % 16 == 0 && n > 0 && k > 0 && library_version() >= kScaleEachRowSince;
-  }
-
   size_t workspace_bytes() const override { return kWorkspace; }
 
   std::string version() const override {
@@ -302,6 +298,11 @@ class CublasLt final : public Blas {
 };
 
 }  // namespace
+
+bool multiplies_fp8(const Device& device, int64_t n, int64_t k) {
+  if (device.architecture != 90 || n % 16 != 0 || k % 16 != 0 || n == 0 || k == 0) return false;
+  return device.blas == nullptr || library_version() >= kScaleEachRowSince;
+}
 
 std::unique_ptr<Blas> open_blas(const Device&) { return std::make_unique<CublasLt>(); }
 

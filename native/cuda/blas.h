@@ -33,11 +33,13 @@ class Blas {
   virtual ~Blas() = default;
   // Enqueues on the device's stream. Deterministic. Throws Error of kind device where the library is missing or refuses.
   virtual void run(const Device& device, const Product& product) = 0;
-  // Whether a[m k] * b[n k]^T of fp8 with scales for their rows is there; any thread may ask.
-  virtual bool multiplies_fp8(const Device& device, int64_t n, int64_t k) const = 0;
   virtual size_t workspace_bytes() const = 0;  // that it keeps on the device
   virtual std::string version() const = 0;     // empty where there is no library
 };
+
+// Whether the device multiplies a[m k] with b[n k]^T of fp8 and with scales for their rows. Any thread may ask. A device that is only
+// thought of has the newest library.
+bool multiplies_fp8(const Device& device, int64_t n, int64_t k);
 
 // The device's products. A missing library is an error of the first product, not of this.
 std::unique_ptr<Blas> open_blas(const Device& device);

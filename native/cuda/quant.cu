@@ -108,9 +108,8 @@ static int64_t rows_at_once(int64_t n, int64_t k) {
 
 // The library adds a bias of bf16 only.
 static bool by_library(const Call& call) {
-  const Device& device = device_of(call);
   const View &x = call.in[0], &q = call.in[1], &bias = call.in[3];
-  return (!bias || x.dtype == DType::bf16) && device.blas->multiplies_fp8(device, q.dims[0], q.dims[1]);
+  return (!bias || x.dtype == DType::bf16) && multiplies_fp8(device_of(call), q.dims[0], q.dims[1]);
 }
 
 template <class T>

@@ -202,7 +202,10 @@ async function rehearsal(
     const updating = new Set(['adamw', 'adamw_8bit', 'squared_norm']);
     const scale = (op: string): number => (updating.has(op) ? 1 : run.batch.accumulate / repeats);
     const ops = times.map(({ op, seconds }) => ({ op, seconds: seconds * scale(op) })).sort((a, b) => b.seconds - a.seconds);
-    const lossBytes = Math.max(0, ...times.filter(({ op }) => /^linear_(cross|distill)/.test(op)).map(({ workspace }) => workspace));
+    const lossBytes = Math.max(
+      0,
+      ...times.filter(({ op }) => /^linear_(cross|distill)/.test(op)).map(({ workspace }) => workspace),
+    );
     optimizer.dispose();
     student.dispose();
     teacher?.dispose();

@@ -104,6 +104,17 @@ describe.skipIf(findNvcc() === undefined)('with nvcc', () => {
     expect(stdout.split('\n').filter((line) => line !== '' && !/ T limbeck_backend$/.test(line))).toEqual([]);
   });
 
+  test('says where it looked for a library that is missing', () => {
+    if (!built()) return;
+    const script = 'process.stdout.write(require(process.argv[1]).probe(process.argv[2]))';
+    const env = { ...process.env, LIMBECK_CUBLASLT_PATH: '/nowhere/libcublasLt.so' };
+    const addon = join(root, 'build/Release/limbeck.node');
+    const { stdout } = spawnSync(process.execPath, ['-e', script, addon, library], { encoding: 'utf8', env });
+    const { libraries } = JSON.parse(stdout) as { libraries: { name: string; path: string; lookedIn: string[] }[] };
+    expect(libraries.map(({ name }) => name)).toEqual(['cuBLASLt', 'NCCL']);
+    expect(libraries[0]).toMatchObject({ path: '', lookedIn: [expect.stringContaining('/nowhere/libcublasLt.so: cannot open')] });
+  });
+
   test('every kernel is compiled for both architectures', () => {
     if (!built()) return;
     const { kernels } = JSON.parse(readFileSync(join(root, 'build/cuda-resources.json'), 'utf8')) as Report;

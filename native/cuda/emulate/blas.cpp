@@ -64,15 +64,16 @@ class HostBlas final : public Blas {
     }
   }
 
-  // Where the GPU would multiply them itself, so that both ways are run.
-  bool multiplies_fp8(const Device& device, int64_t n, int64_t k) const override {
-    return device.architecture == 90 && n % 16 == 0 && k % 16 == 0 && n > 0 && k > 0;
-  }
   size_t workspace_bytes() const override { return 0; }
   std::string version() const override { return "emulated"; }
 };
 
 }  // namespace
+
+// Where the GPU would multiply them itself, so that both ways are run.
+bool multiplies_fp8(const Device& device, int64_t n, int64_t k) {
+  return device.architecture == 90 && n % 16 == 0 && k % 16 == 0 && n > 0 && k > 0;
+}
 
 std::unique_ptr<Blas> open_blas(const Device&) { return std::make_unique<HostBlas>(); }
 
