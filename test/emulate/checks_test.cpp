@@ -31,7 +31,7 @@ __global__ void shared_kernel(float* to, int read_at, int write_at) {
   to[i] = a[i + read_at] + b[i];
 }
 __global__ void vector_kernel(const float* from, float* to, int at) {
-  const float4 v = *reinterpret_cast<const float4*>(from + at);
+  const float4& v = *reinterpret_cast<const float4*>(from + at);
   to[0] = v.x + v.w;
 }
 __global__ void registers_kernel(float* to, int at) {
