@@ -19,6 +19,9 @@ export interface Array64 {
 /** What a tensor without a dtype is: f32 on the CPU, on other devices each of the two. */
 export type Compute = 'f32' | 'bf16';
 
+/** What this device computes in. */
+export const computes: readonly Compute[] = testDevice === 'cpu' ? ['f32'] : ['f32', 'bf16'];
+
 /** One input of one case: floats are drawn from a normal distribution, i32 from 0 to `below`, unless `data` is given. */
 export interface Input {
   readonly shape: readonly number[];
@@ -264,7 +267,7 @@ async function checkCase(row: Row, inputs: readonly Input[], seed: number, compu
 
 /** Declares the test of one op, in each dtype that the device computes in. */
 export function checkOp(row: Row): void {
-  const all: readonly Compute[] = testDevice === 'cpu' ? ['f32'] : (row.compute ?? ['f32', 'bf16']);
+  const all = computes.filter((c) => testDevice === 'cpu' || (row.compute ?? computes).includes(c));
   // Where every input has a dtype of its own, there is nothing to choose.
   const chosen = row.cases.some((inputs) => inputs.some((x) => !x.dtype)) ? all : all.slice(0, 1);
   for (const compute of chosen)

@@ -1,10 +1,11 @@
 import { expect, test } from 'vitest';
+import { cast } from '../../src/ops/elementwise.ts';
 import { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from '../../src/ops/reduce.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
-import { anyShapes, array, checkOp, product, rowwise, same, scalar, total } from './check.ts';
+import { anyShapes, array, checkOp, computes, product, rowwise, same, scalar, total } from './check.ts';
 
 const shapes = [...anyShapes, [3 * 16_384 + 5]];
 const notEmpty = shapes.filter((s) => !s.includes(0));
@@ -16,6 +17,8 @@ const withRows = [
   [3, 64],
   [5, 131],
   [40, 1031],
+  [3, 1160],
+  [2, 32_776],
 ];
 
 checkOp({ name: 'sum', run: (x) => sum(x!), reference: (x) => scalar(total(x!.data)), cases: same(1, shapes) });
@@ -111,12 +114,14 @@ test('the mean of nothing is NaN', async () => {
 
 test('allFinite finds one bad element anywhere', async () => {
   const n = 16_384 + 21;
-  for (const bad of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
-    for (const at of [0, 15, 16_383, 16_384, n - 1]) {
-      const x = new Float32Array(n).fill(3e38);
-      expect(await readAll(() => [allFinite(tensor(x))])).toEqual([[1]]);
-      x[at] = bad;
-      expect(await readAll(() => [allFinite(tensor(x))])).toEqual([[0]]);
+  for (const dtype of computes) {
+    for (const bad of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
+      for (const at of [0, 15, 16_383, 16_384, n - 1]) {
+        const x = new Float32Array(n).fill(3e38);
+        expect(await readAll(() => [allFinite(cast(tensor(x), dtype))])).toEqual([[1]]);
+        x[at] = bad;
+        expect(await readAll(() => [allFinite(cast(tensor(x), dtype))])).toEqual([[0]]);
+      }
     }
   }
   expect(await readAll(() => [allFinite(tensor([], [0]))])).toEqual([[1]]);
