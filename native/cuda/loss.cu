@@ -37,23 +37,25 @@ __global__ void __launch_bounds__(kSlotThreads)
   if (!p.any) return;
   float s[kHeld];
   p.load(l.u, s);
-  cap.shape(s);
+  using M = Math<T>;
+  cap.shape<M>(s);
   if (const int y = target[p.row] - p.first; y >= 0 && y < p.left) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
       if (p.column(i) == y) target_z[p.row] = s[i] * cap.heat;
   }
+  p.end(s);
   SlotSum out{0, 0, 0};
   if (!bounded || largest) {
     const float top = p.top(s);
     if (largest) out.at = p.find(s, top);
     out.top = top * cap.heat;
   }
-  const float base = bounded ? 0.f : base_of(out.top);
+  const float heat = cap.heat * M::of_e, base = bounded ? 0.f : base_of(out.top) * M::of_e;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const float e = expf(s[i] * cap.heat - base);
-    if (p.has(i)) out.sum += e;
+    const float e = M::power(s[i] * heat - base);
+    out.sum += e;
     s[i] = e * cap.slope(s[i]);
   }
   out.sum = warp_reduce(out.sum, Plus{});
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kSlotThreads) rescale_kernel(Logits l, const S
   const Place p(l);
   if (!p.any) return;
   const RowGradient row = gradient[p.row];
-  const float factor = expf(base_of(sums[p.row * static_cast<int64_t>(l.slots()) + p.slot].top) - row.shift) * row.factor;
+  const float factor = Math<T>::exp(base_of(sums[p.row * static_cast<int64_t>(l.slots()) + p.slot].top) - row.shift) * row.factor;
   T* at = g + p.row * ldg + static_cast<int64_t>(p.slot) * kSlot;
   constexpr int kWords = kSlot / kVector<T> / kWarp;
 #pragma unroll
@@ -139,9 +141,11 @@ __global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, Cap ca
   const RowGradient row = gradient[p.row];
   float s[kHeld];
   p.load(l.u, s);
-  cap.shape(s);
+  using M = Math<T>;
+  cap.shape<M>(s);
+  const float heat = cap.heat * M::of_e, base = row.shift * M::of_e;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) s[i] = expf(s[i] * cap.heat - row.shift) * row.factor * cap.slope(s[i]);
+  for (int i = 0; i < kHeld; ++i) s[i] = M::power(s[i] * heat - base) * row.factor * cap.slope(s[i]);
   if (const int y = row.target - p.first; y >= 0 && y < p.left) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)

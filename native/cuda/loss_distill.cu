@@ -32,12 +32,13 @@ struct Terms {
 };
 
 // log of (a p + (1 - a) q) over q and over p, and over max(p, q).
+template <class M>
 struct Mixture {
   float over_q, over_p, over_larger;
   __device__ __forceinline__ Mixture(float d, float a) {
-    const float fall = expf(-fabsf(d));
+    const float fall = M::exp(-fabsf(d));
     over_larger = d > 0.f ? a + (1.f - a) * fall : (1.f - a) + a * fall;
-    const float l = logf(over_larger);
+    const float l = M::log(over_larger);
     over_q = fmaxf(d, 0.f) + l;
     over_p = fmaxf(-d, 0.f) + l;
   }
@@ -46,10 +47,12 @@ struct Mixture {
 // The parameters a and b: of jsd beta; of the skews alpha; of alpha_beta both; of adaptive the weights of head and tail.
 struct ForwardKl {  // KL(p | q)
   static constexpr bool value_in_sums = true;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float, float) { return {x.p * x.d, -x.p}; }
 };
 struct ReverseKl {  // KL(q | p)
   static constexpr bool value_in_sums = true;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float, float) {
     const float r = x.q * -x.d;
     return {r, r + x.q};
@@ -57,29 +60,33 @@ struct ReverseKl {  // KL(q | p)
 };
 struct Jsd {  // beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q
   static constexpr bool value_in_sums = false;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float beta, float) {
-    const Mixture m(x.d, beta);
+    const Mixture<M> m(x.d, beta);
     const float slope = (beta - 1.f) * x.q * m.over_q;
     return {slope - beta * x.p * m.over_p, slope};
   }
 };
 struct SkewForwardKl {  // KL(p | m), m = alpha p + (1 - alpha) q
   static constexpr bool value_in_sums = false;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float alpha, float) {
-    const Mixture m(x.d, alpha);
-    return {-x.p * m.over_p, (alpha - 1.f) * fminf(x.p, x.q) / m.over_larger};
+    const Mixture<M> m(x.d, alpha);
+    return {-x.p * m.over_p, M::divide((alpha - 1.f) * fminf(x.p, x.q), m.over_larger)};
   }
 };
 struct SkewReverseKl {  // KL(q | m), m = (1 - alpha) p + alpha q
   static constexpr bool value_in_sums = false;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float alpha, float) {
-    const Mixture m(x.d, 1.f - alpha);
+    const Mixture<M> m(x.d, 1.f - alpha);
     const float value = -x.q * m.over_q;
-    return {value, value + x.q - alpha * x.q * expf(-m.over_q)};
+    return {value, value + x.q - alpha * x.q * M::exp(-m.over_q)};
   }
 };
 struct TotalVariation {  // sum |p - q| / 2
   static constexpr bool value_in_sums = false;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float, float) {
     const float half = 0.5f * x.q;
     return {0.5f * fabsf(x.p - x.q), x.q > x.p ? half : x.q < x.p ? -half : x.q * 0.f};
@@ -87,20 +94,23 @@ struct TotalVariation {  // sum |p - q| / 2
 };
 struct AlphaBeta {  // (p^(a+b) a/(a+b) + q^(a+b) b/(a+b) - p^a q^b) / (a b)
   static constexpr bool value_in_sums = false;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float a, float b) {
-    const float pa = expf(a * x.log_p), qa = expf(a * x.log_q), pb = expf(b * x.log_p), qb = expf(b * x.log_q);
+    const float pa = M::exp(a * x.log_p), qa = M::exp(a * x.log_q), pb = M::exp(b * x.log_p), qb = M::exp(b * x.log_q);
     const float both = a + b;
     return {(pa * pb * (a / both) + qa * qb * (b / both) - pa * qb) * (1.f / (a * b)), (qa - pa) * qb * (1.f / a)};
   }
 };
 struct Adaptive {  // head KL(p | q) + tail KL(q | p), the two weights held fixed
   static constexpr bool value_in_sums = true;
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float head, float tail) {
     const float r = x.q * -x.d;
     return {head * (x.p * x.d) + tail * r, tail * (r + x.q) - head * x.p};
   }
 };
 struct Sparse {  // what the kept tokens make of the others: a q
+  template <class M>
   static __device__ __forceinline__ Terms of(const Token& x, float elsewhere, float) { return {0, elsewhere * x.q}; }
 };
 
@@ -133,7 +143,7 @@ struct Options {
   Cap cap, teacher_cap;
   float inverse_t, a, b;
   double T, ce_weight, kd_weight, mass;
-  int divergence, tail, m;
+  int divergence, tail, m, v;
   bool dense, hard, cold, largest;
 };
 
@@ -158,21 +168,23 @@ __device__ __forceinline__ unsigned kept_in(const Place& p, const int* ids, int 
 }
 
 // First pass: sums of a slot. t is absent for a sparse teacher.
-template <bool dense>
+template <class M, bool dense>
 __global__ void __launch_bounds__(kSlotThreads) sums_kernel(Logits l, const float* t, Options o, Tokens tokens, Kept kept, SlotSums* sums) {
   const Place p(l);
   if (!p.any) return;
   float z[kHeld], w[dense ? kHeld : 1];
   p.load(l.u, z);
   if constexpr (dense) p.load(t, w);
-  o.cap.shape(z);
+  o.cap.shape<M>(z);
+  p.end(z);
   SlotSums s{};
   const float top = p.top(z), heat = o.cap.heat;
   s.top = top * heat;
   if (o.largest) s.at = p.find(z, top);
   const float base = base_of(s.top), warm = heat * o.inverse_t, warm_base = base * o.inverse_t;
   if constexpr (dense) {
-    o.teacher_cap.shape(w);
+    o.teacher_cap.shape<M>(w);
+    p.end(w);
     const float teacher_top = p.top(w), teacher_heat = o.teacher_cap.heat;
     s.teacher_top = teacher_top * teacher_heat;
     if (o.largest) s.teacher_at = p.find(w, teacher_top);
@@ -180,8 +192,7 @@ __global__ void __launch_bounds__(kSlotThreads) sums_kernel(Logits l, const floa
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const float zt = z[i] * warm, tt = w[i] * teacher_warm;
-      const float ez = expf(zt - warm_base), et = expf(tt - teacher_base), d = within(tt - zt, kFarthest);
-      if (!p.has(i)) continue;
+      const float ez = M::exp(zt - warm_base), et = M::exp(tt - teacher_base), d = within(tt - zt, kFarthest);
       s.sum += ez, s.teacher_sum += et;
       s.over_p += et * d, s.over_q += ez * -d;
     }
@@ -192,8 +203,7 @@ __global__ void __launch_bounds__(kSlotThreads) sums_kernel(Logits l, const floa
     const unsigned mask = kept_in(p, kept.ids + static_cast<int64_t>(max(tokens.position(p.row), 0)) * o.m, o.m);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const float ez = expf(z[i] * warm - warm_base);
-      if (!p.has(i)) continue;
+      const float ez = M::exp(z[i] * warm - warm_base);
       s.sum += ez;
       if (!(mask >> i & 1)) s.rest += ez;
     }
@@ -202,8 +212,7 @@ __global__ void __launch_bounds__(kSlotThreads) sums_kernel(Logits l, const floa
   s.sum = warp_reduce(s.sum, Plus{});
   if (o.cold) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (p.has(i)) s.cold += expf(z[i] * heat - base);
+    for (int i = 0; i < kHeld; ++i) s.cold += M::exp(z[i] * heat - base);
     s.cold = warp_reduce(s.cold, Plus{});
   }
   if (p.lane == 0) sums[static_cast<int64_t>(p.row) * l.slots() + p.slot] = s;
@@ -229,15 +238,17 @@ __device__ void put_value(const Tokens& tokens, const Options& o, const RowOutpu
 //   bucket       sum_K p log(p / q) + p_r log(p_r / q_r)     s: q - p in K, q (1 - p_r / q_r) elsewhere
 //   renormalize  KL of p and q, both renormalised over K     s: q' - p' in K, 0 elsewhere
 //   truncate     -sum_K p log q                              s: q sum_K p - p in K, q sum_K p elsewhere
+template <class M>
 __device__ __forceinline__ double log_q_of(const Options& o, const Row& r, const float* u, int id) {
-  return static_cast<double>(o.cap.shape(u[id]) * o.cap.heat) / o.T - r.lse;
+  return static_cast<double>(o.cap.shape<M>(u[id]) * o.cap.heat) / o.T - r.lse;
 }
+template <class M>
 __device__ void sparse_value(const Options& o, Row& r, const float* u, const int* ids, const float* logp, double rest) {
   double p_sum = 0, q_sum = 0;
   for (int k = lane_index(); k < o.m; k += kWarp) {
     if (ids[k] < 0) continue;
     p_sum += exp(static_cast<double>(logp[k]));
-    q_sum += exp(log_q_of(o, r, u, ids[k]));
+    q_sum += exp(log_q_of<M>(o, r, u, ids[k]));
   }
   r.kept_p = warp_reduce(p_sum, Plus{});
   r.kept_q = warp_reduce(q_sum, Plus{});
@@ -246,7 +257,7 @@ __device__ void sparse_value(const Options& o, Row& r, const float* u, const int
     if (ids[k] < 0) continue;
     const double lp = static_cast<double>(logp[k]), p = exp(lp);
     if (p == 0) continue;
-    const double log_q = log_q_of(o, r, u, ids[k]);
+    const double log_q = log_q_of<M>(o, r, u, ids[k]);
     if (o.tail == bucket) value += p * (lp - log_q);
     else if (o.tail == truncate) value -= p * log_q;
     else value += p / r.kept_p * (lp - log(r.kept_p) - log_q + log(r.kept_q));
@@ -263,6 +274,7 @@ __device__ void sparse_value(const Options& o, Row& r, const float* u, const int
 }
 
 // A warp for each row: normalisers, factors, and the values that need no further pass.
+template <class M>
 __global__ void __launch_bounds__(kSlotThreads)
     rows_kernel(Tokens tokens, Options o, Kept kept, const float* u, int64_t ld, int slots, const int* target, const SlotSums* sums, Row* rows, RowOutputs out) {
   const int row = static_cast<int>(warp_index());
@@ -297,12 +309,12 @@ __global__ void __launch_bounds__(kSlotThreads)
     // The sum of slopes: of the forward KL -sum p, of the reverse KL its value and 1.
     r.slopes = static_cast<float>(o.divergence == reverse_kl ? reverse + 1 : -1);
     r.kept_p = forward, r.kept_q = reverse;  // both, for the adaptive divergence
-    if (out.agree && position >= 0) out.agree[position] = best.at == teacher.at && best.at != INT_MAX ? 1.f : 0.f;
+    if (out.agree && position >= 0) out.agree[position] = best.at == teacher.at && best.at < o.v ? 1.f : 0.f;
   } else {
     const int* ids = kept.ids + static_cast<int64_t>(max(position, 0)) * o.m;
     const float* logp = kept.logp + static_cast<int64_t>(max(position, 0)) * o.m;
     const double rest = sum_of(slots, [&](int k) { return s[k].rest * weigh(k, inverse_t); }) / whole;
-    if (position >= 0) sparse_value(o, r, z, ids, logp, rest);
+    if (position >= 0) sparse_value<M>(o, r, z, ids, logp, rest);
     if (out.agree && position >= 0) {
       Best likeliest = best_of(o.m, [&](int k) { return ids[k] < 0 ? Best{-INFINITY, INT_MAX} : Best{logp[k], k}; });
       out.agree[position] = likeliest.at < o.m && ids[likeliest.at] == best.at ? 1.f : 0.f;
@@ -318,7 +330,7 @@ __global__ void __launch_bounds__(kSlotThreads)
   r.chilled = o.cold ? static_cast<float>(hard * cold.factor()) : 0.f;
   r.slopes *= r.soft;
   if (!o.dense) r.slopes = 0;
-  if (o.hard) r.hard_value = r.target >= 0 ? r.cold_lse - static_cast<double>(o.cap.shape(z[r.target]) * o.cap.heat) : position >= 0 ? static_cast<double>(NAN) : 0;
+  if (o.hard) r.hard_value = r.target >= 0 ? r.cold_lse - static_cast<double>(o.cap.shape<M>(z[r.target]) * o.cap.heat) : position >= 0 ? static_cast<double>(NAN) : 0;
   if (lane_index() > 0) return;
   rows[row] = r;
   put_value(tokens, o, out, row, r);
@@ -327,19 +339,20 @@ __global__ void __launch_bounds__(kSlotThreads)
 // The i-th token that a lane holds.
 struct Pair {
   float z, t;  // after the caps
+  template <class M>
   __device__ __forceinline__ Token token(const Row& r, float inverse_t) const {
     Token x;
     x.log_q = z * inverse_t - r.q_high - r.q_low;
     x.log_p = t * inverse_t - r.p_high - r.p_low;
-    x.q = expf(x.log_q);
-    x.p = expf(x.log_p);
+    x.q = M::exp(x.log_q);
+    x.p = M::exp(x.log_p);
     x.d = within((t - z) * inverse_t - r.apart, kFarthest);
     return x;
   }
 };
 
 // Pass for the divergences whose value is not among the sums.
-template <class D>
+template <class M, class D>
 __global__ void __launch_bounds__(kSlotThreads) values_kernel(Logits l, const float* t, Options o, const Row* rows, SlotTerms* terms) {
   const Place p(l);
   if (!p.any) return;
@@ -347,13 +360,15 @@ __global__ void __launch_bounds__(kSlotThreads) values_kernel(Logits l, const fl
   float z[kHeld], w[kHeld];
   p.load(l.u, z);
   p.load(t, w);
-  o.cap.shape(z);
-  o.teacher_cap.shape(w);
+  o.cap.shape<M>(z);
+  o.teacher_cap.shape<M>(w);
+  p.end(z);
+  p.end(w);
   SlotTerms s{};
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const Terms y = D::of(Pair{z[i] * o.cap.heat, w[i] * o.teacher_cap.heat}.token(r, o.inverse_t), r.a, r.b);
-    if (p.has(i)) s.value += y.value, s.slope += y.slope;
+    const Terms y = D::template of<M>(Pair{z[i] * o.cap.heat, w[i] * o.teacher_cap.heat}.token<M>(r, o.inverse_t), r.a, r.b);
+    s.value += y.value, s.slope += y.slope;
   }
   s = {warp_reduce(s.value, Plus{}), warp_reduce(s.slope, Plus{})};
   if (p.lane == 0) terms[static_cast<int64_t>(p.row) * l.slots() + p.slot] = s;
@@ -384,6 +399,7 @@ __device__ __forceinline__ unsigned ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+template <class M>
 __global__ void __launch_bounds__(kSelectThreads) adaptive_kernel(Logits l, const float* t, Options o, Tokens tokens, Row* rows, RowOutputs out) {
   Shared shared;
   auto* bins = shared.take<unsigned long long>(kBins);
@@ -394,7 +410,7 @@ __global__ void __launch_bounds__(kSelectThreads) adaptive_kernel(Logits l, cons
   const Row& r = rows[row];
   const float *z = l.u + row * l.ld, *s = t + row * l.ld;
   const auto mass = static_cast<unsigned long long>(o.mass * static_cast<double>(kMassUnit));
-  const auto pair = [&](int64_t j) { return Pair{o.cap.shape(z[j]) * o.cap.heat, __fmul_rn(o.teacher_cap.shape(s[j]), o.teacher_cap.heat)}; };
+  const auto pair = [&](int64_t j) { return Pair{o.cap.shape<M>(z[j]) * o.cap.heat, __fmul_rn(o.teacher_cap.shape<M>(s[j]), o.teacher_cap.heat)}; };
 
   unsigned edge = 0;
   unsigned long long above = 0;
@@ -406,7 +422,7 @@ __global__ void __launch_bounds__(kSelectThreads) adaptive_kernel(Logits l, cons
       const Pair x = pair(j);
       const unsigned key = ordered(x.t);
       if (pass > 0 && key >> (shift + bits) != edge >> (shift + bits)) continue;
-      const float p = expf(x.t * o.inverse_t - r.p_high - r.p_low) * kMassUnit;
+      const float p = M::exp(x.t * o.inverse_t - r.p_high - r.p_low) * kMassUnit;
       if (p >= 1.f) atomicAdd(&bins[key >> shift & ((1u << bits) - 1)], static_cast<unsigned long long>(p));
     }
     __syncthreads();
@@ -432,7 +448,7 @@ __global__ void __launch_bounds__(kSelectThreads) adaptive_kernel(Logits l, cons
   double head = 0, all = 0;
   for (int64_t j = thread; j < l.cols; j += kSelectThreads) {
     const Pair x = pair(j);
-    const Token token = x.token(r, o.inverse_t);
+    const Token token = x.token<M>(r, o.inverse_t);
     const double apart = fabsf(token.p - token.q);
     all += apart;
     if (ordered(x.t) > edge || x.t >= r.teacher_top) head += apart;
@@ -459,17 +475,18 @@ __global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, const 
   float z[kHeld], w[dense ? kHeld : 1];
   p.load(l.u, z);
   if constexpr (dense) p.load(t, w);
-  o.cap.shape(z);
-  if constexpr (dense) o.teacher_cap.shape(w);
+  using M = Math<T>;
+  o.cap.shape<M>(z);
+  if constexpr (dense) o.teacher_cap.shape<M>(w);
   const int y = r.target - p.first;
   const bool here = r.target >= 0 && y >= 0 && y < p.left;
   const float of_q = r.hot - r.slopes;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const Pair x{z[i] * o.cap.heat, dense ? w[dense ? i : 0] * o.teacher_cap.heat : 0.f};
-    const Token token = x.token(r, o.inverse_t);
-    float value = D::of(token, r.a, r.b).slope * r.soft + token.q * of_q;
-    if (o.cold) value += expf(x.z - r.cold_high) * r.chilled;
+    const Token token = x.token<M>(r, o.inverse_t);
+    float value = D::template of<M>(token, r.a, r.b).slope * r.soft + token.q * of_q;
+    if (o.cold) value += M::exp(x.z - r.cold_high) * r.chilled;
     if (here && p.column(i) == y) value -= r.hard;
     z[i] = value * o.cap.slope(z[i]);
   }
@@ -498,7 +515,7 @@ __global__ void __launch_bounds__(kSlotThreads) kept_kernel(Logits l, Options o,
       p += exp(static_cast<double>(logp[other]));
     }
     if (!first) continue;
-    const float s = o.cap.shape(u[id]);
+    const float s = o.cap.shape<Math<T>>(u[id]);
     const double z = static_cast<double>(s * o.cap.heat), q = exp(z / o.T - r.lse);
     const double slope = o.tail == bucket ? q - p : o.tail == truncate ? q * r.kept_p - p : q / r.kept_q - p / r.kept_p;
     double value = static_cast<double>(r.soft) * slope + static_cast<double>(r.hard) * exp(z - r.cold_lse);
@@ -634,7 +651,7 @@ struct Distill {
 
   Options options() const {
     return {Cap(cap), Cap(teacher_cap), static_cast<float>(1 / temperature), static_cast<float>(param), static_cast<float>(param2), temperature, ce_weight, kd_weight,
-            param, divergence, tail, static_cast<int>(tids ? tids.cols() : 0), !sparse, hard, hard && temperature != 1, static_cast<bool>(call.out[3])};
+            param, divergence, tail, static_cast<int>(tids ? tids.cols() : 0), static_cast<int>(v), !sparse, hard, hard && temperature != 1, static_cast<bool>(call.out[3])};
   }
 
   void run() {
@@ -686,6 +703,7 @@ struct Distill {
   }
 
   void passes(const Tokens& tokens, const Logits& l, T* to) {
+    using M = Math<T>;
     const Options o = options();
     const RowOutputs out{call.out[1].as<float>(), hard ? call.out[2].as<float>() : nullptr, call.out[3].as<float>(), part};
     const Kept kept{tids.as<const int>(), tlogp.as<const float>()};
@@ -698,19 +716,19 @@ struct Distill {
     if (sparse) {
       launch(call, warps(many), check_kernel, tokens, kept, o.m, tail != truncate, FaultCheck{fault, FaultKind::teacher_token, call.op, v},
              FaultCheck{fault, FaultKind::teacher_twice, call.op, v}, FaultCheck{fault, FaultKind::teacher_mass, call.op, v});
-      launch(call, warps(many * slots), sums_kernel<false>, l, nullptr, o, tokens, kept, sums);
+      launch(call, warps(many * slots), sums_kernel<M, false>, l, nullptr, o, tokens, kept, sums);
     } else {
-      launch(call, warps(many * slots), sums_kernel<true>, l, t, o, tokens, kept, sums);
+      launch(call, warps(many * slots), sums_kernel<M, true>, l, t, o, tokens, kept, sums);
     }
-    launch(call, warps(many), rows_kernel, tokens, o, kept, u, ld, slots, target, sums, row, out);
+    launch(call, warps(many), rows_kernel<M>, tokens, o, kept, u, ld, slots, target, sums, row, out);
     if (more_values) {
       with_divergence(divergence, [&]<class D>(D) {
-        if constexpr (!D::value_in_sums) launch(call, warps(many * slots), values_kernel<D>, l, t, o, row, terms);
+        if constexpr (!D::value_in_sums) launch(call, warps(many * slots), values_kernel<M, D>, l, t, o, row, terms);
       });
       launch(call, warps(many), row_values_kernel, tokens, o, slots, terms, row, out);
     } else if (!sparse && divergence == adaptive) {
       const size_t shared = (kBins + kSelectThreads + 2) * sizeof(unsigned long long) + kWarp * sizeof(double);
-      launch(call, Grid{dim3(static_cast<unsigned>(many)), dim3(kSelectThreads), shared}, adaptive_kernel, l, t, o, tokens, row, out);
+      launch(call, Grid{dim3(static_cast<unsigned>(many)), dim3(kSelectThreads), shared}, adaptive_kernel<M>, l, t, o, tokens, row, out);
     }
     if (!gradient) return;
     if (sparse) {
