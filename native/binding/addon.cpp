@@ -113,7 +113,7 @@ std::unique_ptr<Backend> planned(const std::string& library, const double* io) {
   return open_planned(device, backend.families(), backend.imagine(static_cast<int>(io[6]), static_cast<int>(io[7]), device.memory));
 }
 
-// start(io: Float64Array, device, memoryLimit or 0, and for the CPU: threads, isa or ""; for CUDA: path of its library, number; for a
+// start(io: Float64Array, device, memoryLimit or 0, and for the CPU: threads, isa or ""; for CUDA: path of its library, number, workspaceLimit or 0; for a
 // plan: see planned())
 napi_value start(napi_env env, napi_callback_info info) {
   return guard(env, [&]() -> napi_value {
@@ -133,7 +133,7 @@ napi_value start(napi_env env, napi_callback_info info) {
       backend = planned(Napi::Value(env, a.value[3]).As<Napi::String>(), io.Data());
     } else {
       const std::string path = Napi::Value(env, a.value[3]).As<Napi::String>();
-      backend = backend_library(path).open({static_cast<int>(number(env, a.value[4]))});
+      backend = backend_library(path).open({static_cast<int>(number(env, a.value[4])), static_cast<size_t>(number(env, a.value[5]))});
     }
     me.engines[device] = std::make_unique<Engine>(std::move(backend), options);
     if (!me.io_ref) napi_create_reference(env, a.value[0], 1, &me.io_ref);

@@ -57,7 +57,8 @@ class Backend {
 };
 
 struct BackendOptions {
-  int device = 0;  // its number among those of its kind
+  int device = 0;              // its number among those of its kind
+  size_t workspace_limit = 0;  // bytes of temporary memory for kernels that have the choice; 0: their own
 };
 
 // What a backend library exports as `limbeck_backend`. The sizes are checked too: a struct that differs must not be passed along.

@@ -120,6 +120,7 @@ class Cuda final : public Backend {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, options.device), "cudaGetDeviceProperties");
     device_.number = options.device;
+    device_.workspace_limit = options.workspace_limit;
     device_.architecture = properties.major * 10 + properties.minor;
     device_.processors = properties.multiProcessorCount;
     device_.memory = properties.totalGlobalMem;

@@ -17,7 +17,7 @@ struct Device {
   int processors = 0;            // streaming multiprocessors
   size_t memory = 0;             // bytes
   size_t shared_per_block = 0;   // bytes a block may opt in to
-  size_t workspace_limit = 0;    // bytes of temporary memory that kernels with a choice should keep to; 0: their own choice
+  size_t workspace_limit = 0;    // bytes of temporary memory for kernels that have the choice; 0: their own
   cudaStream_t stream = nullptr; // what kernels are launched on
   Blas* blas = nullptr;          // matrix products (blas.h)
   Fault* fault = nullptr;        // where kernels report bad data (fault.h)

@@ -30,6 +30,11 @@ export interface EngineOptions {
   isa?: string;
   /** CUDA: the GPU's number. Default 0. */
   gpu?: number;
+  /**
+   * CUDA: bytes of temporary memory for ops that have the choice, which are the loss heads: less memory, more time. Default: a 16th
+   * of the GPU's memory, and no more than about 2 GiB.
+   */
+  workspaceLimit?: number;
 }
 
 /** Arguments and results of native calls; twin of kIoSlots in addon.cpp. */
@@ -53,13 +58,17 @@ export function init(options: EngineOptions = {}): void {
   current = device;
 }
 
-function start(device: Device, { threads = availableParallelism(), memoryLimit = 0, isa = '', gpu = 0 }: EngineOptions): void {
+function start(
+  device: Device,
+  { threads = availableParallelism(), memoryLimit = 0, isa = '', gpu = 0, workspaceLimit = 0 }: EngineOptions,
+): void {
   check('threads', threads, 1, 1024);
   check('gpu', gpu, 0, 63);
+  check('workspaceLimit', workspaceLimit, 0, 2 ** 40);
   const loaded = loadNative();
   try {
     if (device === 'cpu') loaded.start(io, 0, memoryLimit, threads, isa);
-    else loaded.start(io, devices.indexOf(device), memoryLimit, cudaReady(), gpu);
+    else loaded.start(io, devices.indexOf(device), memoryLimit, cudaReady(), gpu, workspaceLimit);
   } catch (error) {
     throw typed(error);
   }

@@ -34,10 +34,10 @@ export interface TensorDefinition {
 export interface NativeAddon {
   readonly abi: number;
   /**
-   * Starts a device's engine: `threads, isa` for the CPU (0), `library, number` for CUDA (1), and for a plan (2)
+   * Starts a device's engine: `threads, isa` for the CPU (0), `library, number, workspaceLimit` for CUDA (1), and for a plan (2)
    * `library` or '' with numbers in `io`. A limit of 0 is the device's default.
    */
-  start(io: Float64Array, device: number, memoryLimit: number, a: number | string, b: number | string): void;
+  start(io: Float64Array, device: number, memoryLimit: number, a: number | string, b: number | string, c?: number): void;
   /** Stops one device's engine, or all with -1. */
   stop(device: number): void;
   define(signature: string): OpDefinition;

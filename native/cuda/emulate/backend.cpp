@@ -39,11 +39,12 @@ class EmulatedRange final : public Range {
 
 class Emulated final : public Backend {
  public:
-  Emulated() {
+  explicit Emulated(const BackendOptions& options) {
     // The kernels of both generations can be asked for.
     const char* wanted = std::getenv("LIMBECK_EMULATE_ARCHITECTURE");
     device_.architecture = wanted ? std::atoi(wanted) : 90;
     device_.processors = 4;
+    device_.workspace_limit = options.workspace_limit;
     device_.memory = size_t{8} << 30;
     device_.shared_per_block = (device_.architecture >= 90 ? 227 : 163) * 1024;
     device_.fault = &fault_;
@@ -88,7 +89,7 @@ class Emulated final : public Backend {
   std::string detail_;
 };
 
-std::unique_ptr<Backend> open(const BackendOptions&) { return std::make_unique<Emulated>(); }
+std::unique_ptr<Backend> open(const BackendOptions& options) { return std::make_unique<Emulated>(options); }
 
 std::string probe() {
   return R"({"driver":"emulated","devices":[{"name":"emulated","architecture":"9.0","memory":8589934592,"processors":4}],"libraries":[],"reason":""})";
