@@ -26,7 +26,7 @@ export interface GatedLinearOptions {
 /**
  * x wᵀ + bias.
  * @param x [* K]
- * @param w [N K], f32, bf16, or fp8 without gradients
+ * @param w [N K], f32, bf16, or fp8 without gradients; on a GPU f32 beside an x of bf16 is rounded to bf16
  * @param bias [N]; undefined for none
  * @returns [* N]
  * @throws ShapeError when a shape does not fit.

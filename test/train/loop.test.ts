@@ -160,6 +160,15 @@ describe('distillation', () => {
     }
   });
 
+  test('a teacher of fp8 weights says nearly the same', async () => {
+    const losses = async (output: string, changes: object) =>
+      steps(await collect(distill({ ...student(output, { steps: 2 }), ...changes } as RunInput))).map((e) => e.loss);
+    const [exact] = await losses('exact', {});
+    const [rounded] = await losses('rounded', { teacher: { checkpoint: join(folder, 'whole'), weights: 'fp8' } });
+    expect(rounded).not.toBe(exact);
+    expect(Math.abs(rounded! / exact! - 1)).toBeLessThan(0.05);
+  });
+
   test('another tokenizer or vocabulary is refused', async () => {
     await collect(pretrain(run('other', { steps: 1, tokenizer: { train: { vocabSize: 290 } } })));
     const foreign = { ...student('foreign'), tokenizer: join(folder, 'other/tokenizer') } as RunInput;
