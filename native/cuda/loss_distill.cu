@@ -287,7 +287,6 @@ __global__ void __launch_bounds__(kSlotThreads)
   r.a = o.a, r.b = o.b;
   r.weight = tokens.weight(position);
   r.target = o.hard ? target[row] : -1;
-  bool agrees = false;
 
   const Best best = best_of(slots, [&](int k) { return Best{s[k].top, s[k].at}; });
   const double top = base_of(best.top);
@@ -310,7 +309,7 @@ __global__ void __launch_bounds__(kSlotThreads)
     // The sum of slopes: of the forward KL -sum p, of the reverse KL its value and 1.
     r.slopes = static_cast<float>(o.divergence == reverse_kl ? reverse + 1 : -1);
     r.kept_p = forward, r.kept_q = reverse;  // both, for the adaptive divergence
-    agrees = best.at == teacher.at && best.at < o.v;
+    if (out.agree && position >= 0 && lane_index() == 0) out.agree[position] = best.at == teacher.at && best.at < o.v ? 1.f : 0.f;
   } else {
     const int* ids = kept.ids + static_cast<int64_t>(max(position, 0)) * o.m;
     const float* logp = kept.logp + static_cast<int64_t>(max(position, 0)) * o.m;
@@ -318,7 +317,7 @@ __global__ void __launch_bounds__(kSlotThreads)
     if (position >= 0) sparse_value<M>(o, r, z, ids, logp, rest);
     if (out.agree && position >= 0) {
       const Best likeliest = best_of(o.m, [&](int k) { return ids[k] < 0 ? Best{-INFINITY, INT_MAX} : Best{logp[k], k}; });
-      agrees = likeliest.at < o.m && ids[likeliest.at] == best.at;
+      if (lane_index() == 0) out.agree[position] = likeliest.at < o.m && ids[likeliest.at] == best.at ? 1.f : 0.f;
     }
   }
 
@@ -334,7 +333,6 @@ __global__ void __launch_bounds__(kSlotThreads)
   if (o.hard) r.hard_value = r.target >= 0 ? r.cold_lse - static_cast<double>(o.cap.shape<M>(z[r.target]) * o.cap.heat) : position >= 0 ? static_cast<double>(NAN) : 0;
   if (lane_index() > 0) return;
   rows[row] = r;
-  if (out.agree && position >= 0) out.agree[position] = agrees ? 1.f : 0.f;
   put_value(tokens, o, out, row, r);
 }
 
