@@ -1,10 +1,9 @@
 // Makes a checkout ready: packages, native core, JavaScript. Each part is skipped when it is up to date.
-//   node scripts/setup.mjs [--tests]     --tests also builds the C++ tests and, where nvcc is installed, the CUDA library
+//   node scripts/setup.mjs [--tests]     --tests also builds the C++ tests and the emulated CUDA backend
 import { spawnSync } from 'node:child_process';
 import { existsSync, lstatSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { findNvcc } from './build-cuda.mjs';
 
 const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..');
 
@@ -79,5 +78,4 @@ checkNode();
 installPackages();
 const tests = process.argv.includes('--tests');
 run(process.execPath, [path.join(root, 'scripts', 'build-native.mjs'), ...(tests ? ['--tests'] : [])], 'the native build');
-if (tests && findNvcc() !== undefined) run(process.execPath, [path.join(root, 'scripts', 'build-cuda.mjs')], 'the CUDA build');
 buildTypeScript();
