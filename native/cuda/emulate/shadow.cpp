@@ -192,7 +192,8 @@ inline void shared_fast(size_t at) {
   Cell differ = 0;
   for (int i = 1; i < N; ++i) differ |= (w[i] ^ w0) | (r[i] ^ r0) | (s[i] ^ s0);
   const Cell oldest = blocks_cell;
-  const auto known = [&](Cell c) { return c < oldest || id_of(c) == me.id || step_of(c) <= me.seen[id_of(c)]; };
+  const auto seen = [](Cell c) { return id_of(c) == me.id || (id_of(c) != kInFlight && step_of(c) <= me.seen[id_of(c)]); };
+  const auto known = [&](Cell c) { return c < oldest || seen(c); };
   if constexpr (Write) {
     if (differ == 0 && w0 != kGuard && known(w0) && known(r0) && known(s0)) {
       for (int i = 0; i < N; ++i) w[i] = me.word;
@@ -201,7 +202,7 @@ inline void shared_fast(size_t at) {
       return;
     }
   } else {
-    if (differ == 0 && w0 >= oldest && (id_of(w0) == me.id || step_of(w0) <= me.seen[id_of(w0)])) {
+    if (differ == 0 && w0 >= oldest && seen(w0)) {
       if (known(r0)) {
         if (r0 != me.word)
           for (int i = 0; i < N; ++i) r[i] = me.word;
