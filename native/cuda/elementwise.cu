@@ -108,7 +108,7 @@ struct Fill {
   }
 };
 
-// fill(x[*]&, value)
+// fill(x[*]:float&, value)
 template <class T>
 static void fill(const Call& call) {
   const Fill<T> body{call.in[0].as<T>(), static_cast<float>(call.scalar[0])};
@@ -153,9 +153,9 @@ static void copy(const Call& call) {
     copy_any(call, call.in[I], Sink<float>(call, 0));
 }
 
-// copy_(y[*]&, x[*]), add_(y[*]&, x[*])
+// copy_(y[*]:float&, x[*]:float), add_(y[*]&, x[*])
 template <class T, bool Accumulate>
-static void into(const Call& call) { copy_as<T, T>(call, call.in[1], Sink<T>(call.in[0].as<T>(), Accumulate)); }
+static void into(const Call& call) { copy_any(call, call.in[1], Sink<T>(call.in[0].as<T>(), Accumulate)); }
 
 // ---- Soft-cap.
 

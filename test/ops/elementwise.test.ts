@@ -115,3 +115,16 @@ test('what overwrites has no gradient, and says so', () => {
   x.dispose();
   y.dispose();
 });
+
+test('copy_ and fill_ between f32 and bf16', async () => {
+  const x = [1, -2.7, Math.PI, 1e-30, 65_504, 0.1, -0, 7, 1 / 3];
+  const [wide, narrow] = [tensor(x), tensor(new Uint16Array(x.length))];
+  copy_(narrow, wide);
+  expect([...(await narrow.read())]).toEqual(Array.from(Float32Array.from(x), bf16Bits));
+  fill_(wide, 0);
+  copy_(wide, narrow);
+  expect([...(await wide.read())]).toEqual(x.map((v) => fromBf16(bf16Bits(v))));
+  fill_(narrow, -2.7);
+  expect(new Set(await narrow.read())).toEqual(new Set([bf16Bits(-2.7)]));
+  for (const t of [wide, narrow]) t.dispose();
+});
