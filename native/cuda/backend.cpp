@@ -20,8 +20,6 @@ namespace limbeck::cuda {
 
 namespace {
 
-constexpr int kOldest = 80;  // tensor cores with bf16, cp.async
-
 Error device_error(const char* code, const std::string& message) { return Error(ErrorKind::device, code, message); }
 
 template <class F>
@@ -126,8 +124,7 @@ class Cuda final : public Backend {
     device_.memory = properties.totalGlobalMem;
     device_.shared_per_block = properties.sharedMemPerBlockOptin;
     detail_ = std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." + std::to_string(properties.minor);
-    if (device_.architecture < kOldest)
-      throw device_error("ERR_CUDA_ARCHITECTURE", "cuda: " + detail_ + " is too old; compute capability 8.0 or newer is needed");
+    check_architecture(device_.architecture, properties.name);
     check(cudaStreamCreateWithFlags(&device_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaHostAlloc(reinterpret_cast<void**>(&device_.fault), sizeof(Fault), cudaHostAllocMapped), "cudaHostAlloc");
@@ -368,7 +365,7 @@ std::string probe() {
   for (int i = 0; i < count && reason.empty(); ++i) {
     cudaDeviceProp p;
     if (cudaGetDeviceProperties(&p, i) != cudaSuccess) continue;
-    usable = usable || p.major * 10 + p.minor >= kOldest;
+    usable = usable || p.major * 10 + p.minor >= kOldestArchitecture;
     devices += (devices.empty() ? "" : ",") + std::string("{\"name\":") + quoted(p.name) + ",\"architecture\":\"" + std::to_string(p.major) + "." +
                std::to_string(p.minor) + "\",\"memory\":" + std::to_string(p.totalGlobalMem) + ",\"processors\":" + std::to_string(p.multiProcessorCount) + "}";
   }

@@ -1,6 +1,7 @@
 // The GPU as kernels see it.
 #pragma once
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "core/kernel.h"
@@ -24,6 +25,10 @@ struct Device {
 };
 
 std::vector<const KernelFamily*> families();
+
+// Throws Error of kind device for a GPU that lacks what the kernels need: bf16 tensor cores and asynchronous copies.
+constexpr int kOldestArchitecture = 80;
+void check_architecture(int architecture, const std::string& name);
 
 // A device that is not here, for plans: what workspace functions look at.
 std::shared_ptr<void> imagine(int architecture, int processors, size_t memory);

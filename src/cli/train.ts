@@ -1,7 +1,7 @@
 // `limbeck pretrain` and `limbeck distill`: the same command around two loops.
 
 import type { ArgsDef } from 'citty';
-import { ConfigError } from '../tensor/errors.ts';
+import { ConfigError, OutOfMemoryError } from '../tensor/errors.ts';
 import type { RunConfig } from '../train/config.ts';
 import type { TrainEvent } from '../train/events.ts';
 import { allValues, type Command, command, commonArguments, Exit, exitCode, parseOverrides, UsageError } from './command.ts';
@@ -71,6 +71,7 @@ async function train(run: RunConfig, loop: Loop, json: boolean): Promise<void> {
           last = event;
         }
       } catch (error) {
+        if (error instanceof OutOfMemoryError) throw await (await import('../plan/advice.ts')).withAdvice(error, run);
         if (error !== signal.reason) throw error;
       } finally {
         progress.clear();

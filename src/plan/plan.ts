@@ -23,6 +23,8 @@ import { plannedDevice } from './devices.ts';
 export interface PlanOptions {
   /** `cpu`, `cuda`, or a GPU by name such as `h100`; or its figures. Default: the run's own device. */
   readonly device?: string | PlannedDevice;
+  /** Bytes that tensors may take. Default: the device's memory but for 4 % that the driver and libraries take. */
+  readonly room?: number;
   /** A preset to plan with where the teacher's checkpoint does not exist yet. */
   readonly teacher?: string;
 }
@@ -83,7 +85,7 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   const measure = (changed: RunConfig) => rehearsal(changed, device, student, teacher);
 
   const own = await measure(run);
-  const room = device.memory * (1 - RESERVE);
+  const room = options.room ?? device.memory * (1 - RESERVE);
   const fits = own.memory.total <= room;
   const advice: Advice[] = [];
   if (!fits) {

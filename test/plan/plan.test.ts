@@ -4,10 +4,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { distill } from '../../src/distill/distill.ts';
+import { latestCheckpoint } from '../../src/models/folder.ts';
+import { loadModel } from '../../src/models/model.ts';
+import { withAdvice } from '../../src/plan/advice.ts';
 import { plan } from '../../src/plan/plan.ts';
-import { currentDevice, memory } from '../../src/tensor/engine.ts';
-import { ConfigError } from '../../src/tensor/errors.ts';
-import type { RunInput } from '../../src/train/config.ts';
+import { currentDevice, init, memory, shutdown } from '../../src/tensor/engine.ts';
+import { ConfigError, OutOfMemoryError } from '../../src/tensor/errors.ts';
+import { parseRun, type RunInput } from '../../src/train/config.ts';
 import type { TrainEvent } from '../../src/train/events.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
 
@@ -115,4 +118,23 @@ test('27B to 2B on one GPU: nothing is allocated, and the advice makes it fit', 
 test('an unknown device is refused with those that are known', async () => {
   await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(ConfigError);
   await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(/h100/);
+});
+
+test('a run that finds no room says what would make it fit, and leaves the last checkpoint as it was', async () => {
+  const output = join(folder, 'narrow');
+  const changes = { output, checkpoint: { every: 2, keep: 2 }, steps: 2 };
+  await peakOf(pretrain(teacherRun(changes)));
+  const run = teacherRun({ ...changes, steps: 6, batch: { sequences: 16, length: 128 }, resume: false });
+  const { total } = (await plan(run)).memory;
+  shutdown();
+  init({ memoryLimit: Math.floor(0.7 * total) });
+  const failure = await peakOf(pretrain(run)).catch((error: unknown) => error);
+  expect(failure).toBeInstanceOf(OutOfMemoryError);
+  const advised = await withAdvice(failure as OutOfMemoryError, parseRun(run));
+  expect(advised.message).toMatch(/no room for .*\n.*The run takes .*\n.*\(fits\): micro-batches of 8 instead of 16 sequences/s);
+  expect(advised.code).toBe('ERR_OUT_OF_MEMORY');
+  shutdown();
+  const { model } = await loadModel((await latestCheckpoint(output))!);
+  expect(model.parameters.count).toBeGreaterThan(0);
+  model.dispose();
 });

@@ -43,6 +43,7 @@ class Emulated final : public Backend {
     // The kernels of both generations can be asked for.
     const char* wanted = std::getenv("LIMBECK_EMULATE_ARCHITECTURE");
     device_.architecture = wanted ? std::atoi(wanted) : 90;
+    check_architecture(device_.architecture, "the emulated GPU");
     device_.processors = 4;
     device_.workspace_limit = options.workspace_limit;
     device_.memory = size_t{8} << 30;
