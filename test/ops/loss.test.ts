@@ -1,15 +1,16 @@
 // The loss heads from TypeScript: published and torch-made values, gradients through the tape, options, errors.
 import { readFileSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import type { Divergence } from '../../src/ops/divergence.ts';
-import { add } from '../../src/ops/elementwise.ts';
+import { type Divergence, divergenceKinds } from '../../src/ops/divergence.ts';
+import { add, cast } from '../../src/ops/elementwise.ts';
 import { type DistillOptions, linearCrossEntropy, linearDistill } from '../../src/ops/loss.ts';
-import { memory } from '../../src/tensor/engine.ts';
+import { init, memory, shutdown } from '../../src/tensor/engine.ts';
 import { ConfigError, ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad, valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
-import { randomNumbers } from './check.ts';
+import { testDevice } from '../device.ts';
+import { bf16Bits, fromBf16, randomNumbers } from './check.ts';
 
 let before = 0;
 beforeEach(() => {
@@ -376,6 +377,104 @@ describe('distillation', () => {
     );
     expect(using({ teacher: { logits: hidden } })).toThrow(ShapeError);
     for (const t of [x, w, hidden, head, targets, weights, ids, logProbs]) t.dispose();
+  });
+});
+
+// The tests above have shown f32 to be right, also on a GPU. In bf16 the same numbers give the same values, since logits are f32, and
+// the same gradients but for their rounding; so do chunks of a few tokens, and logits that are made twice because memory is short.
+describe.skipIf(testDevice === 'cpu')('computed in bf16, and in little memory', () => {
+  const [n, c, e, v, m] = [37, 24, 40, 2100, 5];
+  const rounded = (count: number, seed: number, scale: number): number[] =>
+    [...normals(count, seed, scale)].map((x) => fromBf16(bf16Bits(x)));
+  const numbers = {
+    x: rounded(n * c, 11, 1),
+    w: rounded(v * c, 12, 0.8),
+    hidden: rounded(n * e, 13, 1),
+    head: rounded(v * e, 14, 0.6),
+    targets: Array.from({ length: n }, (_, i) => (i * 523) % v),
+    weights: Array.from({ length: n }, (_, i) => (i % 5 === 3 ? 0 : 0.2 + (i % 7) / 5)),
+    ids: Array.from({ length: n * m }, (_, i) => (i * 389) % v),
+    logProbs: Array.from({ length: n * m }, (_, i) => Math.log(0.3 / (1 + (i % m)))),
+  };
+
+  async function measure(
+    dtype: 'f32' | 'bf16',
+    head: (t: Record<keyof typeof numbers, Tensor>) => { total: Tensor; rows: Tensor },
+  ) {
+    const float = (values: number[], shape: number[]): Tensor =>
+      dtype === 'bf16' ? tensor(Uint16Array.from(values, bf16Bits), shape) : tensor(Float32Array.from(values), shape);
+    const t = {
+      x: parameter(tensor(Float32Array.from(numbers.x), [n, c])),
+      w: parameter(float(numbers.w, [v, c])),
+      hidden: float(numbers.hidden, [n, e]),
+      head: float(numbers.head, [v, e]),
+      targets: ints(numbers.targets),
+      weights: tensor(numbers.weights),
+      ids: ints(numbers.ids, [n, m]),
+      logProbs: tensor(Float32Array.from(numbers.logProbs), [n, m]),
+    };
+    // Hidden states are made by other ops; here they are f32 numbers that bf16 holds exactly.
+    const run = () => head(dtype === 'bf16' ? { ...t, x: cast(t.x, 'bf16') } : t);
+    const { total, rows } = scope(() => noGrad(run));
+    const differentiated = valueAndGrad(() => run().total);
+    const read = async (g: Tensor): Promise<number[]> =>
+      g.dtype === 'bf16' ? [...((await g.read()) as Uint16Array)].map(fromBf16) : [...((await g.read()) as Float32Array)];
+    const got = {
+      values: [await total.item(), await differentiated.item(), ...(await rows.read())],
+      gradients: [await read(t.x.grad!), await read(t.w.grad!)],
+    };
+    for (const used of [total, rows, differentiated, ...Object.values(t)]) used.dispose();
+    return got;
+  }
+  const distilled = (teacher: 'dense' | 'sparse', options: Partial<DistillOptions>): Parameters<typeof measure>[1] => {
+    return (t) => {
+      const from = teacher === 'dense' ? { hidden: t.hidden, head: t.head, cap: 30 } : { ids: t.ids, logProbs: t.logProbs };
+      const out = linearDistill(t.x, t.w, {
+        teacher: from,
+        cap: 30,
+        targets: t.targets,
+        weights: t.weights,
+        hardWeight: 0.3,
+        ...options,
+      });
+      return { total: out.total, rows: out.kl };
+    };
+  };
+  const heads: Record<string, Parameters<typeof measure>[1]> = {};
+  for (const cap of [30, null])
+    heads[`cross-entropy, cap ${cap}`] = (t) => {
+      const out = linearCrossEntropy(t.x, t.w, t.targets, { cap, weights: t.weights, zLoss: 1e-3 });
+      return { total: out.total, rows: out.loss };
+    };
+  for (const kind of divergenceKinds) heads[kind] = distilled('dense', { divergence: { kind } });
+  heads['forward_kl at T = 2'] = distilled('dense', { temperature: 2 });
+  heads.sparse = distilled('sparse', {});
+
+  test.each(Object.keys(heads))('%s', async (name) => {
+    const restart = (workspaceLimit: number): void => {
+      shutdown();
+      init({ device: 'cuda', workspaceLimit });
+    };
+    try {
+      const exact = await measure('f32', heads[name]!);
+      const agree = (got: typeof exact, dtype: 'f32' | 'bf16', what: string): void => {
+        got.values.forEach((value, i) => {
+          close([value], [exact.values[i]!], 4e-6 * (1 + Math.abs(exact.values[i]!)) * (i < 2 ? n : 1), `${what}: value ${i}`);
+        });
+        got.gradients.forEach((gradient, i) => {
+          const size = Math.max(...exact.gradients[i]!.map(Math.abs));
+          close(gradient, exact.gradients[i]!, (dtype === 'bf16' ? 2 ** -7 : 1e-5) * size, `${what}: gradient ${i}`);
+        });
+      };
+      agree(await measure('bf16', heads[name]!), 'bf16', 'bf16');
+      for (const limit of [1_500_000, 400_000]) {
+        restart(limit);
+        agree(await measure('f32', heads[name]!), 'f32', `f32 in ${limit} bytes`);
+        agree(await measure('bf16', heads[name]!), 'bf16', `bf16 in ${limit} bytes`);
+      }
+    } finally {
+      restart(0);
+    }
   });
 });
 
