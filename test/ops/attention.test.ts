@@ -5,7 +5,8 @@ import { ConfigError, DataError, ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
-import { type Array64, array, checkOp, type Input } from './check.ts';
+import { testDevice } from '../device.ts';
+import { type Array64, array, bf16Bits, checkOp, fromBf16, type Input } from './check.ts';
 
 // The definition, a query at a time.
 function attend(q: Array64, k: Array64, v: Array64, starts?: Array64, options: AttentionOptions = {}): Array64 {
@@ -53,8 +54,12 @@ const options: Record<string, AttentionOptions> = {
   'attention, Gemma 2': { window: 20, cap: 50, scale: 0.2 },
   'attention, a cap too large to do without a maximum': { cap: 70 },
 };
+// Only bf16 is computed in on a GPU; sums are float32.
+const onGpu = { compute: ['bf16'], bf16Tolerance: 0.01, bf16GradientTolerance: 0.03 } as const;
+
 for (const [name, option] of Object.entries(options)) {
   checkOp({
+    ...onGpu,
     name,
     run: (q, k, v) => attention(q!, k!, v!, option),
     reference: (q, k, v) => attend(q!, k!, v!, undefined, option),
@@ -79,6 +84,7 @@ const startsOf = (t: number): number[] => {
 };
 for (const window of [null, 5]) {
   checkOp({
+    ...onGpu,
     name: `attention, packed documents, window ${window}`,
     run: (q, k, v, starts) => attention(q!, k!, v!, { window, cap: 50, starts: starts! }),
     reference: (q, k, v, starts) => attend(q!, k!, v!, starts, { window, cap: 50 }),
@@ -90,8 +96,44 @@ for (const window of [null, 5]) {
   });
 }
 
+// Every head size that has GPU kernels of its own, with every mask: lengths past a tile of keys and past one of rows.
+for (const d of [64, 80, 96, 128, 256]) {
+  for (const [name, option] of Object.entries({ ...options, 'attention, no cap, window 7': { window: 7 } })) {
+    checkOp({
+      ...onGpu,
+      name: `${name}, heads of ${d}`,
+      run: (q, k, v) => attention(q!, k!, v!, option),
+      reference: (q, k, v) => attend(q!, k!, v!, undefined, option),
+      cases: [name === 'attention, Gemma 2' ? square(1, 67, 4, 2, d) : square(1, 37, 3, 1, d)],
+      // Of scores of many terms.
+      tolerance: 4e-6,
+      gradientTolerance: option.window === 1 ? 2e-4 : 2e-5,
+    });
+  }
+  for (const option of [{ cap: 50 }, { window: 5 }])
+    checkOp({
+      ...onGpu,
+      name: `attention, packed documents, ${JSON.stringify(option)}, heads of ${d}`,
+      run: (q, k, v, starts) => attention(q!, k!, v!, { ...option, starts: starts! }),
+      reference: (q, k, v, starts) => attend(q!, k!, v!, starts, option),
+      cases: [[...square(1, 41, 2, 1, d), { shape: [1, 41], dtype: 'i32', data: startsOf(41) }]],
+      tolerance: 4e-6,
+      gradientTolerance: 2e-5,
+    });
+  checkOp({
+    ...onGpu,
+    name: `attention of the last queries, heads of ${d}`,
+    run: (q, k, v) => attention(q!, k!, v!, { cap: 50 }),
+    reference: (q, k, v) => attend(q!, k!, v!, undefined, { cap: 50 }),
+    cases: [inputs(1, 1, 530, 2, 1, d), inputs(1, 3, 66, 2, 1, d)],
+    tolerance: 4e-6,
+    gradient: false,
+  });
+}
+
 for (const window of [null, 9]) {
   checkOp({
+    ...onGpu,
     name: `attention of the last queries, window ${window}`,
     run: (q, k, v) => attention(q!, k!, v!, { window, cap: 50 }),
     reference: (q, k, v) => attend(q!, k!, v!, undefined, { window, cap: 50 }),
@@ -100,25 +142,31 @@ for (const window of [null, 9]) {
   });
 }
 
+const dtype = testDevice === 'cpu' ? 'f32' : 'bf16';
+const heads = (data: readonly number[], shape: readonly number[]): Tensor =>
+  tensor(dtype === 'f32' ? data : Uint16Array.from(data, bf16Bits), shape);
+const read = async (t: Tensor): Promise<number[]> =>
+  Array.from((await t.read()) as Float32Array | Uint16Array, (x) => (t.dtype === 'bf16' ? fromBf16(x) : x));
+
 test('decoding one by one gives what the whole sequence gives', async () => {
   const random = (n: number): number[] => Array.from({ length: n }, (_, i) => Math.sin(i * 12.9898 + n) * 2);
   const [t, h, g, d] = [20, 4, 2, 8];
   const [q, k, v] = [random(t * h * d), random(t * g * d), random(t * g * d)];
   const whole = scope(() =>
-    attention(tensor(q, [1, t, h, d]), tensor(k, [1, t, g, d]), tensor(v, [1, t, g, d]), { window: 6, cap: 50 }),
+    attention(heads(q, [1, t, h, d]), heads(k, [1, t, g, d]), heads(v, [1, t, g, d]), { window: 6, cap: 50 }),
   );
-  const expected = await whole.read();
+  const expected = await read(whole);
   whole.dispose();
   for (const i of [0, 5, 19]) {
     const one = scope(() =>
       attention(
-        tensor(q.slice(i * h * d, (i + 1) * h * d), [1, 1, h, d]),
-        tensor(k.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
-        tensor(v.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
+        heads(q.slice(i * h * d, (i + 1) * h * d), [1, 1, h, d]),
+        heads(k.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
+        heads(v.slice(0, (i + 1) * g * d), [1, i + 1, g, d]),
         { window: 6, cap: 50 },
       ),
     );
-    for (const [j, x] of (await one.read()).entries()) expect(x).toBeCloseTo(expected[i * h * d + j]!, 5);
+    for (const [j, x] of (await read(one)).entries()) expect(x).toBeCloseTo(expected[i * h * d + j]!, dtype === 'f32' ? 5 : 1);
     one.dispose();
   }
 });
@@ -126,7 +174,7 @@ test('decoding one by one gives what the whole sequence gives', async () => {
 test('attention gives gradients only to what wants them', async () => {
   const shape = [1, 5, 2, 4];
   const fill = (x: number): Tensor =>
-    tensor(
+    heads(
       Array.from({ length: 40 }, (_, i) => Math.cos(i * x)),
       shape,
     );
@@ -134,7 +182,7 @@ test('attention gives gradients only to what wants them', async () => {
   valueAndGrad(() => dot(attention(q, k, v), fill(4))).dispose();
   expect(q.grad).toBeUndefined();
   expect(v.grad).toBeUndefined();
-  expect((await k.grad!.read()).some((x) => x !== 0)).toBe(true);
+  expect((await read(k.grad!)).some((x) => x !== 0)).toBe(true);
   for (const t of [q, k, v]) t.dispose();
 });
 
@@ -179,7 +227,7 @@ test('starts that mark no documents are refused when the result is read', async 
     [0, 1, 0, 0],
     [-1, 0, 0, 0],
   ]) {
-    const x = zeros([1, 4, 1, 4]);
+    const x = zeros([1, 4, 1, 4], dtype);
     const starts = tensor(Int32Array.from(bad), [1, 4]);
     const y = attention(x, x, x, { starts });
     await expect(y.read()).rejects.toBeInstanceOf(DataError);

@@ -47,7 +47,7 @@ class Emulated final : public Backend {
     device_.processors = 4;
     device_.workspace_limit = options.workspace_limit;
     device_.memory = size_t{8} << 30;
-    device_.shared_per_block = (device_.architecture >= 90 ? 227 : 163) * 1024;
+    device_.shared_per_block = (device_.architecture >= 90 ? 227 : device_.architecture == 80 ? 163 : 99) * 1024;
     device_.fault = &fault_;
     blas_ = open_blas(device_);
     device_.blas = blas_.get();
