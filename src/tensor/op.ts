@@ -1,6 +1,7 @@
 // An op: a forward signature, and a backward signature that is also its rule on the tape.
 import { LimbeckError } from './errors.ts';
 import { type Argument, type Kernel, kernel, launch, type Request } from './kernel.ts';
+import type { TensorDefinition } from './native.ts';
 import { letGo, type Recipe, restore, save } from './saved.ts';
 import { type Gradients, isRecording, record } from './tape.ts';
 import { addUse, adopt, releaseUse, type Tensor, unscoped } from './tensor.ts';
@@ -83,7 +84,7 @@ export function op(spec: OpSpec): Op {
     const outputs = launch(forward, args, requests, adopt, true);
     if (tracked) {
       if (heads !== undefined) {
-        recordHead(info.op, args, info.arguments, info.outputs, outputs);
+        recordHead(info.op, args, info.arguments, info.outputs, outputs, requests);
       } else if (backward !== undefined) {
         plan ??= makePlan(forward, backward, spec.inPlace ?? {});
         recordCall(info.op, plan, args, outputs);
@@ -190,9 +191,7 @@ function callBackward(
     const place = plan.places[i] === undefined ? undefined : args[plan.places[i]];
     if (typeof place === 'object' && isLast(place)) return { into: place, accumulate: false };
     // The same tensor given twice (mul(x, x)): the second gradient is added by put().
-    // Gradients of parameters are f32: one that is made in bf16 is converted by put().
-    const fits = t.sink === undefined || t.dtype === 'f32' || info.outputs[i]!.f32;
-    if (!info.outputs[i]!.accumulates || !fits || seen.has(t)) return 'new';
+    if (!info.outputs[i]!.accumulates || !fitsSink(t, info.outputs[i]!) || seen.has(t)) return 'new';
     seen.add(t);
     const target = gradients.target(t);
     return target === undefined ? 'new' : { into: target.tensor, accumulate: target.accumulate };
@@ -226,16 +225,22 @@ function isGradientName(name: string, args: readonly Named[]): boolean {
 
 /** What a loss head is asked to do with the gradients it can make: outputs `d` + input of tracked inputs. */
 function headGradients(
-  outputs: readonly Named[],
+  outputs: readonly TensorDefinition[],
   names: readonly Named[],
   args: readonly Argument[],
   tracked: boolean,
 ): (Request | undefined)[] {
-  return outputs.map(({ name }) => {
-    const input = args[names.findIndex((a) => name === `d${a.name}`)];
+  return outputs.map((output) => {
+    const input = args[names.findIndex((a) => output.name === `d${a.name}`)];
     if (!tracked || typeof input !== 'object' || !input.tracked) return undefined;
-    return input.sink === undefined ? 'new' : { into: input.sink.tensor(), accumulate: input.sink.written };
+    if (input.sink === undefined || !fitsSink(input, output)) return 'new';
+    return { into: input.sink.tensor(), accumulate: input.sink.written };
   });
+}
+
+/** Gradients of parameters are f32: one that is made in bf16 is converted on its way to them. */
+function fitsSink(t: Tensor, output: TensorDefinition): boolean {
+  return t.sink === undefined || t.dtype === 'f32' || output.f32;
 }
 
 function recordHead(
@@ -244,13 +249,14 @@ function recordHead(
   names: readonly Named[],
   outputNames: readonly Named[],
   outputs: (Tensor | undefined)[],
+  requests: readonly Request[],
 ): void {
   const made: { of: Tensor; gradient: Tensor }[] = [];
   outputNames.forEach((output, i) => {
     const input = args[names.findIndex((a) => output.name === `d${a.name}`)];
     const gradient = outputs[i];
     if (typeof input !== 'object' || gradient === undefined) return;
-    if (input.sink !== undefined) input.sink.written = true;
+    if (input.sink !== undefined && typeof requests[i] === 'object') input.sink.written = true;
     else made.push({ of: input, gradient: addUse(gradient) });
   });
   const total = outputs[0]!;

@@ -1,13 +1,14 @@
 // What a device that is not the CPU must get right around its kernels: two devices at once, faults that it finds itself, memory.
 import { afterAll, expect, test } from 'vitest';
-import { add, cast } from '../../src/ops/elementwise.ts';
+import { add, cast, mul } from '../../src/ops/elementwise.ts';
 import { embedding } from '../../src/ops/embedding.ts';
 import { linearCrossEntropy } from '../../src/ops/loss.ts';
-import { sum } from '../../src/ops/reduce.ts';
+import { dot, sum } from '../../src/ops/reduce.ts';
 import { currentDevice, memory, shutdown, withDevice } from '../../src/tensor/engine.ts';
 import { DataError, DeviceError, DTypeError, OutOfMemoryError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
-import { empty, tensor, toDevice } from '../../src/tensor/tensor.ts';
+import { valueAndGrad } from '../../src/tensor/tape.ts';
+import { empty, parameter, tensor, toDevice } from '../../src/tensor/tensor.ts';
 
 afterAll(shutdown);
 
@@ -60,6 +61,33 @@ test('a target outside the vocabulary too', async () => {
   });
   await expect(total.read()).rejects.toThrow(/targets has token 77 at position 1/);
   total.dispose();
+});
+
+test('gradients of bf16 parameters are f32, also where an op makes them in bf16', async () => {
+  const drawn = (shape: number[], f: (i: number) => number) =>
+    scope(() =>
+      cast(
+        tensor(
+          Float32Array.from({ length: shape[0]! * shape[1]! }, (_, i) => f(i)),
+          shape,
+        ),
+        'bf16',
+      ),
+    );
+  const [x, w] = [drawn([2, 8], Math.sin), drawn([4, 8], Math.cos)];
+  for (const t of [x, w]) parameter(t);
+  const both = [];
+  for (let i = 0; i < 2; i++) {
+    const targets = tensor(Int32Array.of(1, 2));
+    valueAndGrad(() => linearCrossEntropy(x, w, targets).total).dispose();
+    targets.dispose();
+    expect([x.grad!.dtype, w.grad!.dtype]).toEqual(['f32', 'f32']);
+    both.push((await x.grad!.read()) as Float32Array);
+  }
+  const [once, twice] = both as [Float32Array, Float32Array];
+  once.forEach((g, i) => expect(twice[i]).toBeCloseTo(2 * g, 6));
+  valueAndGrad(() => dot(mul(x, x), x)).dispose();
+  for (const t of [x, w]) t.dispose();
 });
 
 test('memory that is not there is an error at the call; what there was stays', async () => {
