@@ -38,8 +38,10 @@ inline int tiles_of(int length, int rows) { return (length + rows - 1) / rows; }
 inline double reach(const Problem& p, int heads) {
   return 4.0 * p.d * heads * (p.window > 0 && p.window < p.s ? p.window : p.s);
 }
-inline Grid grid_of(const Order& order, size_t shared) {
-  return {dim3(static_cast<unsigned>(order.tiles) * static_cast<unsigned>(order.columns)), dim3(kThreads), shared};
+// `each`: blocks that one tile of the order stands for.
+inline Grid grid_of(const Order& order, int each, size_t shared, int cluster) {
+  const unsigned blocks = static_cast<unsigned>(order.tiles) * static_cast<unsigned>(order.columns) * static_cast<unsigned>(each);
+  return {dim3(blocks), dim3(kThreads), shared, cluster};
 }
 
 template <int D>
@@ -49,11 +51,13 @@ bool run_forward(const Call& call, const Problem& p) {
   f.p = p;
   f.score = score_of(p);
   f.order = order_of(tiles_of(p.t, 2 * kRows), p.b * p.h, p.group, reach(p, 1));
+  f.cluster = p.group % 2 == 0 ? 2 : 1;
   f.y = call.out[0].as<bf16>();
   f.lse = call.out[1].as<float>();
   const auto kernel = p.direct ? attend<D, true> : attend<D, false>;
-  launch(call, grid_of(f.order, kForwardShared<D>), kernel, map_of(p.q, p, p.t, p.h, kRows), map_of(p.k, p, p.s, p.g, kForwardKeys<D>),
-         map_of(p.v, p, p.s, p.g, kForwardKeys<D>), map_of(f.y ? f.y : p.q, p, p.t, p.h, kRows), f);
+  launch(call, grid_of(f.order, 1, kForwardShared<D>, f.cluster), kernel, map_of(p.q, p, p.t, p.h, kRows),
+         map_of(p.k, p, p.s, p.g, kForwardKeys<D> / 2), map_of(p.v, p, p.s, p.g, kForwardKeys<D> / 2),
+         map_of(f.y ? f.y : p.q, p, p.t, p.h, kRows), f);
   return true;
 }
 
@@ -78,17 +82,20 @@ bool run_backward(const Call& call, const Problem& p) {
 
   constexpr int kRowsOfBlock = 256 / (D <= 64 ? 8 : D <= 128 ? 16 : 32);
   launch(call, Grid{dim3(static_cast<unsigned>((statistics + kRowsOfBlock - 1) / kRowsOfBlock)), dim3(256)}, prepare<D>, f);
-  const TensorMap q = map_of(p.q, p, p.t, p.h, kRows), dy = map_of(f.dy, p, p.t, p.h, kRows);
   if (f.dk || f.dv) {
     const TensorMap k = map_of(p.k, p, p.t, p.g, kRows), v = map_of(p.v, p, p.t, p.g, kRows);
-    f.order = order_of(tiles_of(p.t, kKeysOfBlock<D>), p.b * p.g, 1, reach(p, p.group));
-    launch(call, grid_of(f.order, kKeyShared<D>), key_gradients<D>, q, dy, k, v, f.dk ? map_of(f.dk, p, p.t, p.g, kRows) : k,
+    f.cluster = D == 256 && p.t > kRows ? 2 : 1;
+    f.order = order_of(tiles_of(p.t, kKeysOfBlock<D> * f.cluster), p.b * p.g, 1, reach(p, p.group));
+    launch(call, grid_of(f.order, f.cluster, kKeyShared<D>, f.cluster), key_gradients<D>, map_of(p.q, p, p.t, p.h, kRows / 2),
+           map_of(f.dy, p, p.t, p.h, kRows / 2), k, v, f.dk ? map_of(f.dk, p, p.t, p.g, kRows) : k,
            f.dv ? map_of(f.dv, p, p.t, p.g, kRows) : v, f);
   }
   if (f.dq) {
+    f.cluster = p.group % 2 == 0 ? 2 : 1;
     f.order = order_of(tiles_of(p.t, 2 * kRows), p.b * p.h, p.group, reach(p, 1));
-    launch(call, grid_of(f.order, kQueryShared<D>), query_gradients<D>, q, dy, map_of(p.k, p, p.t, p.g, kGradientKeys<D>),
-           map_of(p.v, p, p.t, p.g, kGradientKeys<D>), map_of(f.dq, p, p.t, p.h, kRows), f);
+    launch(call, grid_of(f.order, 1, kQueryShared<D>, f.cluster), query_gradients<D>, map_of(p.q, p, p.t, p.h, kRows),
+           map_of(f.dy, p, p.t, p.h, kRows), map_of(p.k, p, p.t, p.g, kGradientKeys<D> / 2), map_of(p.v, p, p.t, p.g, kGradientKeys<D> / 2),
+           map_of(f.dq, p, p.t, p.h, kRows), f);
   }
   return true;
 }

@@ -7,6 +7,9 @@
 // that share them: dK and dV stay in registers. Scores are transposed: rows are keys, so that P^T and dS^T multiply from registers.
 // Up to head size 128 it has 128 keys, 64 for each compute warpgroup. With 256 the sums of 64 keys fill two warpgroups: both have the
 // same keys, one makes P and dV, the other dS and dK, of P (1 - t^2) that the first leaves in shared memory.
+//
+// Blocks that stream the same tiles form clusters of two, and each loads half of every tile for both: in query_gradients two heads that
+// share keys, in key_gradients (head size 256, where a block's 64 keys make little of what they load) neighbouring keys.
 #pragma once
 #include "cuda/attention_sm90_tile.cuh"
 
@@ -16,6 +19,7 @@ struct Backward {
   Problem p;
   Score score;
   Order order;
+  int cluster;  // blocks: 1 or 2
   const bf16 *dy, *y;
   const float* lse;
   float *lse2, *delta;  // [B H padded]: lse / log 2, D
@@ -100,30 +104,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(k_full + i, 1);
       ptx::mbarrier_init(v_full + i, 1);
-      ptx::mbarrier_init(k_empty + i, kWarps);
-      ptx::mbarrier_init(v_empty + i, kWarps);
+      ptx::mbarrier_init(k_empty + i, kWarps * f.cluster);
+      ptx::mbarrier_init(v_empty + i, kWarps * f.cluster);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  if (f.cluster > 1) ptx::cluster_sync();
 
   if (warpgroup_of_thread() == 0) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x != 0) return;
-    ptx::mbarrier_arrive_expect_tx(rows_full, 8 * kTileWords<D, BM>);
-    for (int i = 0; i < 2; ++i) {
-      load_rows<D>(q + i * kRows * 32, BM, q_map, rows_full, head, row0 + i * kRows, batch);
-      load_rows<D>(dy + i * kRows * 32, BM, dy_map, rows_full, head, row0 + i * kRows, batch);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect_tx(rows_full, 8 * kTileWords<D, BM>);
+      for (int i = 0; i < 2; ++i) {
+        load_rows<D>(q + i * kRows * 32, BM, q_map, rows_full, head, row0 + i * kRows, batch);
+        load_rows<D>(dy + i * kRows * 32, BM, dy_map, rows_full, head, row0 + i * kRows, batch);
+      }
+      for (int i = 0; i < end - begin; ++i) {
+        const int key = (end - 1 - i) * BN, k_stage = stage_of<2>(i), v_stage = stage_of<VS>(i);
+        ptx::mbarrier_wait_cluster(k_empty + k_stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(k_full + k_stage, 4 * kTile);
+        load_shared_rows<D, BN>(k + k_stage * kTile, k_map, k_full + k_stage, kv_head, key, batch, f.cluster);
+        ptx::mbarrier_wait_cluster(v_empty + v_stage, parity_of<VS>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(v_full + v_stage, 4 * kTile);
+        load_shared_rows<D, BN>(v + v_stage * kTile, v_map, v_full + v_stage, kv_head, key, batch, f.cluster);
+      }
     }
-    for (int i = 0; i < end - begin; ++i) {
-      const int key = (end - 1 - i) * BN, k_stage = stage_of<2>(i), v_stage = stage_of<VS>(i);
-      ptx::mbarrier_wait(k_empty + k_stage, parity_of<2>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(k_full + k_stage, 4 * kTile);
-      load_rows<D>(k + k_stage * kTile, BN, k_map, k_full + k_stage, kv_head, key, batch);
-      ptx::mbarrier_wait(v_empty + v_stage, parity_of<VS>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(v_full + v_stage, 4 * kTile);
-      load_rows<D>(v + v_stage * kTile, BN, v_map, v_full + v_stage, kv_head, key, batch);
-    }
+    leave(f.cluster);
     return;
   }
 
@@ -156,14 +163,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     multiply_rows<BN, D>(dp, dy_rows, BM, v + v_stage * kTile, BN);
     ptx::wgmma_wait<1>();  // the scores, and before them the last block's part of dQ
     ptx::wgmma_settle(x);
-    if (i > 0) release(k_empty + (k_stage ^ 1));
+    if (i > 0) release(k_empty + (k_stage ^ 1), f.cluster);
     to_scores(f.score, x);
 #pragma unroll
     for (int j = 0; j < BN / 2; ++j) x[j] = ptx::ex2(x[j] - lse2[j / 2 % 2]) * (1.f - x[j] * x[j] * f.score.inverse);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(x);
     ptx::wgmma_settle(dp);
-    release(v_empty + v_stage);
+    release(v_empty + v_stage, f.cluster);
 #pragma unroll
     for (int j = 0; j < BN / 2; ++j) x[j] *= dp[j] - delta[j / 2 % 2];
     if (block < all_begin || block >= all_end) {
@@ -176,16 +183,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wgmma_wait<0>();
   ptx::wgmma_settle(out);
   put_rows<D>(out, p.scale, f.add_dq, dq_map, q_rows, BM, old_full + part / kRows, head, first, batch);
+  leave(f.cluster);
 #endif
 }
 
 // --- dK and dV ------------------------------------------------------------------------------------------------------------------------
+// Sums and tiles fill the registers: what a step asks for once, or nothing before the end, waits in shared memory.
+struct Aside {
+  int begin, end, all_begin, all_end;  // blocks of queries; those that no edge cuts
+  int batch, head, key;
+};
+
 template <int D>
 constexpr int kKeysOfBlock = D == 256 ? kRows : 2 * kRows;
 
 template <int D>
 constexpr size_t kKeyShared =
-    4 * (2 * kTileWords<D, kKeysOfBlock<D>> + 4 * kTileWords<D, kRows> + 4 * kRows) + (D == 256 ? 8192 : 0) + 128;
+    4 * (2 * kTileWords<D, kKeysOfBlock<D>> + 4 * kTileWords<D, kRows> + 4 * kRows) + (D == 256 ? 8192 : 0) + 256 * sizeof(Seen) + 192;
 
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -203,93 +217,113 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint4* passed = kSplit ? shared.take<uint4>(4 * 128) : nullptr;
   float* lse2 = shared.take<float>(2 * BN);  // each comes with the tile that the warpgroup reads first
   float* delta = shared.take<float>(2 * BN);
+  Seen* seen_by = shared.take<Seen>(256);  // what each thread's rows see, for the few steps that ask
+  Aside* aside = shared.take<Aside>(1);
   uint64_t* barriers = shared.take<uint64_t>(13);
   uint64_t* old_full = barriers + 9;  // for each compute warpgroup's dK and dV
   uint64_t *keys_full = barriers, *q_full = barriers + 1, *dy_full = barriers + 3, *q_empty = barriers + 5, *dy_empty = barriers + 7;
 
   const Problem& p = f.p;
-  const Place at = place_of(f.order, static_cast<int>(blockIdx.x));
+  const int cluster = kSplit ? f.cluster : 1;
+  // The blocks of a cluster have neighbouring keys and walk over the queries that see any of them.
+  const Place at = place_of(f.order, static_cast<int>(blockIdx.x) / cluster);
   const int batch = at.column / p.g, kv_head = at.column % p.g;
-  const int key0 = at.rank * BM, key_last = min(key0 + BM, p.t) - 1;
+  const int cluster_key = at.rank * cluster * BM, cluster_last = min(cluster_key + cluster * BM, p.t) - 1;
+  const int key0 = cluster_key + static_cast<int>(blockIdx.x) % cluster * BM, key_last = min(key0 + BM, p.t) - 1;
   const auto end_of = [&](int key) {  // the queries that see a key are [key, end)
     const int window = p.window > 0 && p.window < p.t - key ? key + p.window : p.t;
     return f.ends ? min(window, f.ends[static_cast<int64_t>(batch) * p.t + key]) : window;
   };
-  const int begin = key0 / BN, end = max((end_of(key_last) + BN - 1) / BN, begin + 1);
-  const int all_begin = (key_last + BN - 1) / BN, all_end = end_of(key0) / BN;
+  const int begin = cluster_key / BN, end = max((end_of(cluster_last) + BN - 1) / BN, begin + 1);
+  const int all_begin = (key_last + BN - 1) / BN, all_end = end_of(min(key0, key_last)) / BN;
   const int blocks = end - begin, steps = blocks * p.group;
 
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(keys_full, 1);
     for (int i = 0; i < 4; ++i) ptx::mbarrier_init(old_full + i, 1);
+    *aside = {begin, end, all_begin, all_end, batch, kv_head, key0};
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(q_full + i, 1);
       ptx::mbarrier_init(dy_full + i, 1);
-      ptx::mbarrier_init(q_empty + i, kWarps);
-      ptx::mbarrier_init(dy_empty + i, kWarps);
+      ptx::mbarrier_init(q_empty + i, kWarps * cluster);
+      ptx::mbarrier_init(dy_empty + i, kWarps * cluster);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  if (cluster > 1) ptx::cluster_sync();
 
   if (warpgroup_of_thread() == 0) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x != 0) return;
-    ptx::mbarrier_arrive_expect_tx(keys_full, 8 * kTileWords<D, BM>);
-    for (int i = 0; i < BM / kRows; ++i) {
-      load_rows<D>(k + i * kRows * 32, BM, k_map, keys_full, kv_head, key0 + i * kRows, batch);
-      load_rows<D>(v + i * kRows * 32, BM, v_map, keys_full, kv_head, key0 + i * kRows, batch);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect_tx(keys_full, 8 * kTileWords<D, BM>);
+      for (int i = 0; i < BM / kRows; ++i) {
+        load_rows<D>(k + i * kRows * 32, BM, k_map, keys_full, kv_head, key0 + i * kRows, batch);
+        load_rows<D>(v + i * kRows * 32, BM, v_map, keys_full, kv_head, key0 + i * kRows, batch);
+      }
+      int head = kv_head * p.group, block = begin;
+      for (int i = 0; i < steps; ++i) {
+        const int stage = stage_of<2>(i);
+        const int64_t statistics = (static_cast<int64_t>(batch) * p.h + head) * f.padded + block * BN;
+        ptx::mbarrier_wait_cluster(q_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(q_full + stage, 4 * (kTile + BN));
+        load_shared_rows<D, BN>(q + stage * kTile, q_map, q_full + stage, head, block * BN, batch, cluster);
+        ptx::bulk_load(lse2 + stage * BN, f.lse2 + statistics, 4 * BN, q_full + stage);
+        ptx::mbarrier_wait_cluster(dy_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(dy_full + stage, 4 * (kTile + BN));
+        load_shared_rows<D, BN>(dy + stage * kTile, dy_map, dy_full + stage, head, block * BN, batch, cluster);
+        ptx::bulk_load(delta + stage * BN, f.delta + statistics, 4 * BN, dy_full + stage);
+        if (++block == end) block = begin, ++head;
+      }
     }
-    int head = kv_head * p.group, block = begin;
-    for (int i = 0; i < steps; ++i) {
-      const int stage = stage_of<2>(i);
-      const int64_t statistics = (static_cast<int64_t>(batch) * p.h + head) * f.padded + block * BN;
-      ptx::mbarrier_wait(q_empty + stage, parity_of<2>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(q_full + stage, 4 * (kTile + BN));
-      load_rows<D>(q + stage * kTile, BN, q_map, q_full + stage, head, block * BN, batch);
-      ptx::bulk_load(lse2 + stage * BN, f.lse2 + statistics, 4 * BN, q_full + stage);
-      ptx::mbarrier_wait(dy_empty + stage, parity_of<2>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(dy_full + stage, 4 * (kTile + BN));
-      load_rows<D>(dy + stage * kTile, BN, dy_map, dy_full + stage, head, block * BN, batch);
-      ptx::bulk_load(delta + stage * BN, f.delta + statistics, 4 * BN, dy_full + stage);
-      if (++block == end) block = begin, ++head;
-    }
+    leave(cluster);
     return;
   }
 
   ptx::setmaxnreg_inc<kComputeRegisters>();
   const int part = kSplit ? 0 : (warpgroup_of_thread() - 1) * kRows, first = key0 + part;
   uint32_t *k_rows = k + part * 32, *v_rows = v + part * 32;
-  Seen seen;
+  {
+    Seen seen;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int key = first + thread_row() + 8 * i;
-    seen.set(i, key, end_of(min(key, p.t - 1)));
+    for (int i = 0; i < 2; ++i) {
+      const int key = first + thread_row() + 8 * i;
+      seen.set(i, key, end_of(min(key, p.t - 1)));
+    }
+    seen_by[threadIdx.x - 128] = seen;
   }
   const int own = thread_column();
   // From scores P, four of eight columns at a time to keep(columns / 8, P), and P (1 - t^2) as pairs.
   const auto weigh_queries = [&](float (&x)[BN / 2], uint32_t (&damped)[BN / 16][4], const float* lse, int block,
                                  auto keep) __attribute__((always_inline)) {
     to_scores(f.score, x);
-    const bool whole = block >= all_begin && block < all_end;
+    const auto weigh = [&](auto masked) __attribute__((always_inline)) {
+      Seen seen{};
+      if constexpr (decltype(masked)::value) seen = seen_by[threadIdx.x - 128];
 #pragma unroll
-    for (int j = 0; j < BN / 8; ++j) {
-      const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + own);
-      float weight[4], y[4];
+      for (int j = 0; j < BN / 8; ++j) {
+        const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + own);
+        float weight[4], y[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = x[4 * j + i];
-        weight[i] = ptx::ex2(z - (i % 2 ? l.y : l.x));
-        if (!whole) weight[i] = seen(4 * j + i, block * BN + own) ? weight[i] : 0.f;
-        y[i] = weight[i] * (1.f - z * z * f.score.inverse);
+        for (int i = 0; i < 4; ++i) {
+          const float z = x[4 * j + i];
+          weight[i] = ptx::ex2(z - (i % 2 ? l.y : l.x));
+          if constexpr (decltype(masked)::value) weight[i] = seen(4 * j + i, block * BN + own) ? weight[i] : 0.f;
+          y[i] = weight[i] * (1.f - z * z * f.score.inverse);
+        }
+        keep(j, weight);
+        damped[j / 2][j % 2 * 2] = pack_bf16(y[0], y[1]);
+        damped[j / 2][j % 2 * 2 + 1] = pack_bf16(y[2], y[3]);
       }
-      keep(j, weight);
-      damped[j / 2][j % 2 * 2] = pack_bf16(y[0], y[1]);
-      damped[j / 2][j % 2 * 2 + 1] = pack_bf16(y[2], y[3]);
-    }
+    };
+    if (block >= aside->all_begin && block < aside->all_end)
+      weigh(std::false_type{});
+    else
+      weigh(std::true_type{});
   };
   // dS = P (1 - t^2) (dP - D), in place of dP.
-  const auto differentiate = [&](const uint32_t (&damped)[BN / 16][4], float (&dp)[BN / 2], const float* d, int block) __attribute__((always_inline)) {
+  const auto differentiate = [&](const uint32_t (&damped)[BN / 16][4], float (&dp)[BN / 2], const float* d,
+                                 int block) __attribute__((always_inline)) {
 #pragma unroll
     for (int j = 0; j < BN / 8; ++j) {
       const float2 l = *reinterpret_cast<const float2*>(d + 8 * j + own);
@@ -299,7 +333,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       dp[4 * j + 2] = b.x * (dp[4 * j + 2] - l.x);
       dp[4 * j + 3] = b.y * (dp[4 * j + 3] - l.y);
     }
-    if (block < all_begin || block >= all_end) {
+    if (block < aside->all_begin || block >= aside->all_end) {
+      const Seen seen = seen_by[threadIdx.x - 128];
 #pragma unroll
       for (int i = 0; i < BN / 2; ++i) dp[i] = seen(i, block * BN + own) ? dp[i] : 0.f;
     }
@@ -310,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float dk[D / 2], dv[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
-    int block = begin;
+    int block = aside->begin;
     for (int i = 0; i < steps; ++i) {
       const int stage = stage_of<2>(i);
       float x[BN / 2], dp[BN / 2];
@@ -334,12 +369,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(dk);
       ptx::wgmma_settle(dv);
-      release(q_empty + stage);
-      release(dy_empty + stage);
-      if (++block == end) block = begin;
+      release(q_empty + stage, 1);
+      release(dy_empty + stage, 1);
+      if (++block == aside->end) block = aside->begin;
     }
-    if (f.dk) put_rows<D>(dk, p.scale, f.add_dk, dk_map, k_rows, BM, old_full + 2 * part / kRows, kv_head, first, batch);
-    if (f.dv) put_rows<D>(dv, 1.f, f.add_dv, dv_map, v_rows, BM, old_full + 2 * part / kRows + 1, kv_head, first, batch);
+    if (f.dk) put_rows<D>(dk, p.scale, f.add_dk, dk_map, k_rows, BM, old_full + 2 * part / kRows, aside->head, aside->key + part, aside->batch);
+    if (f.dv) put_rows<D>(dv, 1.f, f.add_dv, dv_map, v_rows, BM, old_full + 2 * part / kRows + 1, aside->head, aside->key + part, aside->batch);
   } else {
     constexpr int kPassed = 3, kTaken = 4;  // barriers of both warpgroups
     uint4* mine = passed + threadIdx.x % 128;
@@ -347,15 +382,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t factor[BN / 16][4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) sum[i] = 0;
-    int block = begin;
+    int block = aside->begin;
     if (warpgroup_of_thread() == 1) {
       const auto weigh_and_pass = [&](float (&x)[BN / 2], int i) __attribute__((always_inline)) {
         uint32_t damped[BN / 16][4];
         weigh_queries(x, damped, lse2 + stage_of<2>(i) * BN, block, [&x](int j, const float (&w)[4]) __attribute__((always_inline)) {
           for (int l = 0; l < 4; ++l) x[4 * j + l] = w[l];
         });
-        if (++block == end) block = begin;
-        release(q_empty + stage_of<2>(i));
+        if (++block == aside->end) block = aside->begin;
+        release(q_empty + stage_of<2>(i), f.cluster);
         if (i > 0) ptx::bar_sync(kTaken, 256);
 #pragma unroll
         for (int j = 0; j < BN / 16; ++j) mine[j * 128] = make_uint4(damped[j][0], damped[j][1], damped[j][2], damped[j][3]);
@@ -364,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::wgmma_settle(x);
           ptx::wgmma_settle(sum);
-          release(dy_empty + stage_of<2>(i - 1));
+          release(dy_empty + stage_of<2>(i - 1), f.cluster);
         }
         pack<BN>(x, factor);
       };
@@ -390,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_columns<D, BN>(sum, factor, dy + stage_of<2>(steps - 1) * kTile);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(sum);
-      if (f.dv) put_rows<D>(sum, 1.f, f.add_dv, dv_map, k, BM, old_full + 1, kv_head, first, batch);
+      if (f.dv) put_rows<D>(sum, 1.f, f.add_dv, dv_map, k, BM, old_full + 1, aside->head, aside->key + part, aside->batch);
     } else {
       const auto take_and_differentiate = [&](float (&x)[BN / 2], int i) __attribute__((always_inline)) {
         uint32_t damped[BN / 16][4];
@@ -402,12 +437,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (i + 1 < steps) ptx::bar_arrive(kTaken, 256);
         differentiate(damped, x, delta + stage_of<2>(i) * BN, block);
-        if (++block == end) block = begin;
-        release(dy_empty + stage_of<2>(i));
+        if (++block == aside->end) block = aside->begin;
+        release(dy_empty + stage_of<2>(i), f.cluster);
         if (i > 0) {
           ptx::wgmma_wait<0>();
           ptx::wgmma_settle(sum);
-          release(q_empty + stage_of<2>(i - 1));
+          release(q_empty + stage_of<2>(i - 1), f.cluster);
         }
         ptx::wgmma_settle(x);
         pack<BN>(x, factor);
@@ -434,9 +469,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_columns<D, BN>(sum, factor, q + stage_of<2>(steps - 1) * kTile);
       ptx::wgmma_wait<0>();
       ptx::wgmma_settle(sum);
-      if (f.dk) put_rows<D>(sum, p.scale, f.add_dk, dk_map, v, BM, old_full, kv_head, first, batch);
+      if (f.dk) put_rows<D>(sum, p.scale, f.add_dk, dk_map, v, BM, old_full, aside->head, aside->key + part, aside->batch);
     }
   }
+  leave(cluster);
 #endif
 }
 

@@ -3,6 +3,10 @@
 // D / 2, weights in BN / 4, which multiply the values without leaving the registers. The product of the next scores is issued before
 // that of the weights, so that the tensor cores work while weights are made.
 //
+// Two heads that share keys and values see the same of them in the same rows: where there are such pairs, their blocks form a cluster
+// and each loads half of every tile for both. Up to head size 128, where making weights takes almost as long as the products, the
+// warpgroups take turns at the tensor cores.
+//
 // Only blocks that cut the mask's edges carry mask code. With a cap up to 60 e^score fits in a float as it is: no maximum, no rescaling,
 // and the outputs are touched by the tensor cores alone; otherwise softmax is online.
 #pragma once
@@ -21,6 +25,7 @@ struct Forward {
   Problem p;
   Score score;
   Order order;
+  int cluster;  // blocks: 1 or 2
   bf16* y;
   float* lse;  // each of the two may be null
 };
@@ -120,28 +125,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(k_full + i, 1);
       ptx::mbarrier_init(v_full + i, 1);
-      ptx::mbarrier_init(k_empty + i, kWarps);
-      ptx::mbarrier_init(v_empty + i, kWarps);
+      ptx::mbarrier_init(k_empty + i, kWarps * f.cluster);
+      ptx::mbarrier_init(v_empty + i, kWarps * f.cluster);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
+  if (f.cluster > 1) ptx::cluster_sync();
 
   if (warpgroup_of_thread() == 0) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x != 0) return;
-    ptx::mbarrier_arrive_expect_tx(q_full, 4 * kTileWords<D, BM>);
-    load_rows<D>(q, BM, q_map, q_full, head, row0, batch);
-    load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
-    for (int i = 0; i < end - begin; ++i) {
-      const int stage = stage_of<2>(i), key = (end - 1 - i) * BN;
-      ptx::mbarrier_wait(k_empty + stage, parity_of<2>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(k_full + stage, 4 * kTile);
-      load_rows<D>(k + stage * kTile, BN, k_map, k_full + stage, kv_head, key, batch);
-      ptx::mbarrier_wait(v_empty + stage, parity_of<2>(i) ^ 1);
-      ptx::mbarrier_arrive_expect_tx(v_full + stage, 4 * kTile);
-      load_rows<D>(v + stage * kTile, BN, v_map, v_full + stage, kv_head, key, batch);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect_tx(q_full, 4 * kTileWords<D, BM>);
+      load_rows<D>(q, BM, q_map, q_full, head, row0, batch);
+      load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
+      for (int i = 0; i < end - begin; ++i) {
+        const int stage = stage_of<2>(i), key = (end - 1 - i) * BN;
+        ptx::mbarrier_wait_cluster(k_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(k_full + stage, 4 * kTile);
+        load_shared_rows<D, BN>(k + stage * kTile, k_map, k_full + stage, kv_head, key, batch, f.cluster);
+        ptx::mbarrier_wait_cluster(v_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(v_full + stage, 4 * kTile);
+        load_shared_rows<D, BN>(v + stage * kTile, v_map, v_full + stage, kv_head, key, batch, f.cluster);
+      }
     }
+    leave(f.cluster);
     return;
   }
 
@@ -168,34 +176,48 @@ __global__ void __launch_bounds__(kThreads, 1)
       weigh<BN, Direct, true>(x, seen, column, sum, top, down);
   };
 
+  const int blocks = end - begin;
+  constexpr bool kTurns = D <= 128;
+  constexpr int kTurn = 3;  // and the next: barriers of both warpgroups
+  const int me = warpgroup_of_thread() - 1;
+  const auto take_turn = [&](int i) __attribute__((always_inline)) {
+    if (kTurns && (me == 1 || i > 0)) ptx::bar_sync(kTurn + me, 256);
+  };
+  const auto end_turn = [&](int i) __attribute__((always_inline)) {
+    if (kTurns && (me == 0 || i + 1 < blocks)) ptx::bar_arrive(kTurn + 1 - me, 256);
+  };
+
   ptx::mbarrier_wait(q_full, 0);
   {
     float x[BN / 2];
     ptx::mbarrier_wait(k_full, 0);
+    take_turn(0);
     multiply_rows<BN, D>(x, rows, BM, k, BN);
+    end_turn(0);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(x);
-    release(k_empty);
+    release(k_empty, f.cluster);
     to_weights(x, end - 1);
     pack<BN>(x, weights);
   }
 
-  const int blocks = end - begin;
   for (int i = 1; i < blocks; ++i) {
     const int stage = stage_of<2>(i), last = stage ^ 1;
     float x[BN / 2];  // of this turn: nothing of the last one stays in registers
     ptx::mbarrier_wait(k_full + stage, parity_of<2>(i));
+    take_turn(i);
     multiply_rows<BN, D>(x, rows, BM, k + stage * kTile, BN);
     ptx::mbarrier_wait(v_full + last, parity_of<2>(i - 1));
     multiply_columns<D, BN>(out, weights, v + last * kTile);
+    end_turn(i);
     ptx::wgmma_wait<1>();
     ptx::wgmma_settle(x);
-    release(k_empty + stage);
+    release(k_empty + stage, f.cluster);
     to_weights(x, end - 1 - i);
     ptx::wgmma_wait<0>();
     ptx::wgmma_settle(x);
     ptx::wgmma_settle(out);
-    release(v_empty + last);
+    release(v_empty + last, f.cluster);
     if constexpr (!Direct) {
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) out[j] *= down[j / 2 % 2];
@@ -232,6 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (f.y) store_rows<D>(y_map, rows, BM, head, first, batch);
+  leave(f.cluster);
 #endif
 }
 

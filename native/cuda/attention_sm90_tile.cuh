@@ -51,7 +51,7 @@ inline Score score_of(const Problem& p) {
 }
 
 // Where a block works. Launch order: sections of `section` columns (heads) whose keys and values stay in the cache together; within a
-// section the tiles of all columns by length, so that short ones fill the gaps at the end.
+// section the tiles of all columns by length, so that short ones fill the gaps at the end. Neighbours are heads that share keys.
 struct Order {
   int tiles, columns, section;
 };
@@ -90,10 +90,21 @@ __device__ __forceinline__ int warpgroup_of_thread() {
 #endif
 }
 
-// A warp has read a stage.
-__device__ __forceinline__ void release(uint64_t* empty) {
+// A warp has read a stage. Blocks of a cluster fill each other's stages, so all of them are told.
+__device__ __forceinline__ void release(uint64_t* empty, int cluster) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (cluster == 1) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  } else if (lane < cluster) {
+    ptx::mbarrier_arrive_cluster(ptx::mapa(empty, static_cast<uint32_t>(lane)));
+  }
+}
+
+// A block may leave when no other will touch its shared memory. Whole warps.
+__device__ __forceinline__ void leave(int cluster) {
+  __syncwarp();
+  if (cluster > 1) ptx::cluster_sync();
 }
 
 // Rows [row, row + box) of one head, all panels. `rows` is the height of the tile that they are part of.
@@ -101,6 +112,22 @@ template <int D>
 __device__ __forceinline__ void load_rows(uint32_t* tile, int rows, const TensorMap& map, uint64_t* full, int head, int row, int batch) {
 #pragma unroll 1
   for (int panel = 0; panel < kPanels<D>; ++panel) ptx::tma_load(tile + panel * rows * 32, &map, full, panel * 64, head, row, batch);
+}
+
+// A tile of Rows that both blocks of a cluster want, in boxes of half as many: each loads one of them for both.
+template <int D, int Rows>
+__device__ __forceinline__ void load_shared_rows(uint32_t* tile, const TensorMap& map, uint64_t* full, int head, int row, int batch,
+                                                 int cluster) {
+  constexpr int kHalf = Rows / 2;
+  if (cluster == 1) {
+    load_rows<D>(tile, Rows, map, full, head, row, batch);
+    load_rows<D>(tile + kHalf * 32, Rows, map, full, head, row + kHalf, batch);
+    return;
+  }
+  const int part = static_cast<int>(ptx::cluster_rank()) * kHalf;
+#pragma unroll 1
+  for (int panel = 0; panel < kPanels<D>; ++panel)
+    ptx::tma_load_multicast(tile + (panel * Rows + part) * 32, &map, full, 3, panel * 64, head, row + part, batch);
 }
 
 // --- Products -------------------------------------------------------------------------------------------------------------------------
