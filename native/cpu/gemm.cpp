@@ -537,10 +537,9 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   // An activation is made once for each panel of columns: fewer and larger panels then.
   const int64_t part = part_of(k), floats = a.up ? 8 * kPanelFloats : m <= 2 * MC && whole(n) * k <= kWholeFloats ? kWholeFloats : kPanelFloats;
   const int64_t most = floats / part;
-  const int64_t panel_cols = b.packed ? n : ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
-  const int64_t depth_max = b.packed ? k : least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
+  const int64_t panel_cols = ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
+  const int64_t depth_max = least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
   float* const buffer = b.packed ? nullptr : static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
-  const float* const panel = b.packed ? static_cast<const float*>(b.data) : buffer;
 
   for (int64_t j0 = 0; j0 < n; j0 += panel_cols) {
     const int64_t cols = least(panel_cols, n - j0), slivers = ceil_div(cols, NR);
@@ -565,7 +564,8 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
         for (int64_t p = 0; p < deep; p += part) {
           const int64_t depth = least(part, deep - p);
           pack_a(a, i0, i1 - i0, d0 + p, depth, strips);
-          product.block(strips, i0, i1 - i0, panel + p * whole(cols), j0, cols, s0, s1, d0 + p, depth, thread);
+          const float* const b_part = b.packed ? static_cast<const float*>(b.data) + (d0 + p) * whole(n) + j0 * depth : buffer + p * whole(cols);
+          product.block(strips, i0, i1 - i0, b_part, j0, cols, s0, s1, d0 + p, depth, thread);
         }
       });
     }

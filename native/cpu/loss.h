@@ -31,6 +31,9 @@ struct Layout {
   }
 };
 
+// Bytes of w up to which it stays in the shared cache.
+constexpr int64_t kCachedHead = 16 << 20;
+
 // The sizes of a head that holds `buffers` matrices of logits at a time.
 struct HeadShape {
   int64_t n, c, v;
@@ -43,10 +46,10 @@ struct HeadShape {
     slots = (v + kSlot - 1) / kSlot;
     // Each chunk reads w twice and adds to all of dw, so it takes up to 512 tokens: as many as 88 MiB of logits hold, or 17 MiB where w and
     // dw stay in the shared cache and the logits should too. Where that is few, 160 MiB for up to 256 tokens.
-    constexpr int64_t kMost = 512, kEnough = 256, kCached = 16 << 20;
+    constexpr int64_t kMost = 512, kEnough = 256;
     constexpr int64_t kSmall = 17 << 20, kUsual = 88 << 20, kLarge = 160 << 20;
     const int64_t row_bytes = buffers * ld * 4, large = kLarge / row_bytes;
-    const int64_t usual = (v * c * 4 <= kCached ? kSmall : kUsual) / row_bytes;
+    const int64_t usual = (v * c * 4 <= kCachedHead ? kSmall : kUsual) / row_bytes;
     rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
     rows = rows > kMost ? kMost : rows < 16 ? 16 : rows / 16 * 16;
     if (rows > n) rows = n;
@@ -98,11 +101,11 @@ inline void gather(ThreadPool& threads, const Chunk& chunk, const View& x, float
   each_row(threads, chunk.count, [&](int64_t i, int) { std::memcpy(to + i * c, x.as<const float>() + chunk.token[i] * c, static_cast<size_t>(c) * 4); });
 }
 
-// chunk.z holds d total / d logits, but for a factor of each row in `scale` (absent: 1).
+// chunk.z holds d total / d logits, but for a factor of each row in `scale` (absent: 1). w is [v c], packed or not.
 // dx is added to; dw is overwritten when add_dw is false. chunk.x is lost.
-inline void head_backward(ThreadPool& threads, const HeadShape& s, const Chunk& chunk, const View& w, const View& dx, const View& dw, bool add_dw, const float* scale) {
+inline void head_backward(ThreadPool& threads, const HeadShape& s, const Chunk& chunk, const Matrix& w, const View& dx, const View& dw, bool add_dw, const float* scale) {
   if (dx) {
-    gemm(threads, chunk.count, s.c, s.v, rows_of(chunk.z, s.ld), rows_of(w.data, s.c, w.dtype), chunk.dx, s.c);
+    gemm(threads, chunk.count, s.c, s.v, rows_of(chunk.z, s.ld), w, chunk.dx, s.c);
     each_row(threads, chunk.count, [&](int64_t i, int) {
       float* to = dx.as<float>() + chunk.token[i] * s.c;
       const float* from = chunk.dx + i * s.c;

@@ -235,7 +235,7 @@ struct Distill : HeadShape {
       student(threads, chunk);
       each_row(threads, chunk.count, [&](int64_t i, int thread) { finish(threads, i, chunk.token[i], thread); });
       for (int64_t i = 0; i < chunk.count; ++i) sum_of_all += row_total[i];
-      head_backward(threads, *this, chunk, w, dx, dw, call.accumulate[5] || k > 0, nullptr);
+      head_backward(threads, *this, chunk, rows_of(w.data, c, w.dtype), dx, dw, call.accumulate[5] || k > 0, nullptr);
     }
     total.as<float>()[0] = static_cast<float>(sum_of_all);
   }
