@@ -85,7 +85,7 @@ test('gradients of bf16 parameters are f32, also where an op makes them in bf16'
     both.push((await x.grad!.read()) as Float32Array);
   }
   const [once, twice] = both as [Float32Array, Float32Array];
-  once.forEach((g, i) => expect(twice[i]).toBeCloseTo(2 * g, 6));
+  for (const [i, g] of once.entries()) expect(twice[i]).toBeCloseTo(2 * g, 6);
   valueAndGrad(() => dot(mul(x, x), x)).dispose();
   for (const t of [x, w]) t.dispose();
 });

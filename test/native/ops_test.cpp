@@ -155,9 +155,17 @@ TEST(reductions) {
 TEST(optimizer) {
   same_bits("adamw",
             [] {
-              return tensors(Tensor({N}), Tensor({N}), Tensor({N}), Tensor({N}, DType::f32, 0, 9), Tensor({}, f64), Tensor({(N + 63) / 64}, u8));
+              return tensors(Tensor({N}), Tensor({N}), Tensor({N}), Tensor({N}, DType::f32, 0, 9), Tensor({}, f64), Tensor({(N + 63) / 64}, u8),
+                             Tensor({2}, f64), Tensor({N}, bf16));
             },
-            [] { return tensors(); }, {1e-3, 0.9, 0.95, 1e-8, 0.1, 3, 0.1}, 4);
+            [] { return tensors(); }, {0.9, 0.95, 1e-8, 0.1, 0.1, 7}, 4);
+  same_bits("adamw_8bit",
+            [] {
+              constexpr int64_t blocks = (N + 255) / 256;
+              return tensors(Tensor({N}, bf16), Tensor({N}), Tensor({N}, u8), Tensor({blocks}, DType::f32, 0, 9), Tensor({N}, u8),
+                             Tensor({blocks}, DType::f32, 0, 11), Tensor({}, f64), Tensor({(N + 63) / 64}, u8), Tensor({2}, f64));
+            },
+            [] { return tensors(); }, {0.9, 0.95, 1e-8, 0.1, 0.1, 7}, 6);
 }
 
 TEST(rearrangements) {
