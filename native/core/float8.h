@@ -2,11 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LIMBECK_EVERYWHERE __host__ __device__
-#else
-#define LIMBECK_EVERYWHERE
-#endif
+#include "core/everywhere.h"
 
 namespace limbeck {
 

@@ -4,12 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// Code that runs on a GPU as well.
-#ifdef __CUDACC__
-#define LIMBECK_EVERYWHERE __host__ __device__
-#else
-#define LIMBECK_EVERYWHERE
-#endif
+#include "core/everywhere.h"
 
 namespace limbeck {
 

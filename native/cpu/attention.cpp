@@ -4,6 +4,7 @@
 //
 // Scores are kept transposed (a key is a line, rows are lanes): maxima, sums and masks then work on whole vectors, and only Q has
 // to be transposed. K, V, Q, dY are packed in panels of NR columns: [panel][line][NR].
+#include "core/checks.h"
 #include "core/fail.h"
 #include "core/kernel.h"
 #include "cpu/simd.h"
@@ -122,45 +123,19 @@ Problem problem_of(const Call& call, int first) {
   return p;
 }
 
-void check(const Call& call, const Problem& p, bool square) {
-  const auto refuse = [&](ErrorKind kind, const char* code, const char* argument, const Text& problem, const Text& expected,
-                          int64_t actual) {
-    fail(kind, code, call.op, argument, problem, expected, text("%lld", static_cast<long long>(actual)));
-  };
-  using Long = long long;
-  if (p.g < 1 || p.h < 1 || p.h % p.g != 0)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_HEADS", "q",
-           text("q has %lld heads, which cannot share the %lld heads of k and v evenly", Long{p.h}, Long{p.g}),
-           text("a multiple of %lld heads", Long{p.g}), p.h);
-  if (p.d < 1)
-    refuse(ErrorKind::shape, "ERR_SHAPE", "q", text("q has heads of size 0; a head needs at least one element"), text("1 or more"), p.d);
-  if (square ? p.t != p.s : p.t > p.s)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_LENGTH", "k",
-           square ? text("q has %lld positions and k has %lld; gradients need the same in both", Long{p.t}, Long{p.s})
-                  : text("q has %lld positions and k has %lld; q must be the last positions of k", Long{p.t}, Long{p.s}),
-           text(square ? "%lld positions" : "at least %lld positions", Long{p.t}), p.s);
-  constexpr int64_t most_rows = (int64_t{1} << 31) - 1024;
-  if (p.s > most_rows || p.rows > most_rows)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_LENGTH", "k", text("sequences of %lld positions are not supported", Long{p.s}),
-           text("at most %lld", Long{most_rows}), p.s);
-  if (p.window < 0)
-    refuse(ErrorKind::config, "ERR_ATTENTION_WINDOW", "window",
-           text("window is %lld; give the number of keys that a query sees, itself included, or 0 for all", Long{p.window}),
-           text("0 or more"), p.window);
+void check(const Call& call, const Problem& p, int first, bool square) {
+  check_attention(call, first, square);
   if (p.starts == nullptr) return;
-  if (p.t != p.s)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_STARTS", "starts",
-           text("starts is for whole sequences, but q has %lld positions and k has %lld", Long{p.t}, Long{p.s}),
-           text("q and k of the same length"), p.t);
+  using Long = long long;
   for (int64_t i = 0; i < p.b; ++i) {
     int64_t last = 0;
     for (int64_t j = 0; j < p.t; ++j) {
       const int64_t start = p.starts[i * p.t + j];
       if (start < last || start > j)
-        refuse(ErrorKind::data, "ERR_ATTENTION_STARTS", "starts",
-               text("starts is %lld at sequence %lld, position %lld; it should be the first position of that token's document", Long{start},
-                    Long{i}, Long{j}),
-               text("%lld to %lld", Long{last}, Long{j}), start);
+        fail(ErrorKind::data, "ERR_ATTENTION_STARTS", call.op, "starts",
+             text("starts is %lld at sequence %lld, position %lld; it should be the first position of that token's document", Long{start},
+                  Long{i}, Long{j}),
+             text("%lld to %lld", Long{last}, Long{j}), text("%lld", Long{start}));
       last = start;
     }
   }
@@ -687,7 +662,7 @@ void decode(const Call& call, const Problem& p) {
 // cap tanh(score / cap) if cap > 0. lse is the logarithm of the sum of e^score.
 void attention(const Call& call) {
   const Problem p = problem_of(call, 0);
-  check(call, p, false);
+  check(call, p, 0, false);
   if (p.b == 0 || p.rows == 0) return;
   if (p.t == 1 && p.starts == nullptr) return decode(call, p);
   char* memory = static_cast<char*>(call.workspace);
@@ -923,7 +898,7 @@ struct BackwardPass {
 // attention_backward(dy[b t h d], q[b t h d], k[b t g d], v[b t g d], starts[b t]:i32?, y[b t h d], lse[b h t]:f32, scale, cap, window)
 //   -> dq[b t h d]+, dk[b t g d]+, dv[b t g d]+
 void attention_backward(const Call& call) {
-  check(call, problem_of(call, 1), true);
+  check(call, problem_of(call, 1), 1, true);
   const BackwardPass pass(call);
   if (pass.p.b > 0 && pass.p.rows > 0) pass.run();
 }

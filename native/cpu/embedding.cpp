@@ -1,15 +1,12 @@
 // Rows of a table by number.
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cpu/lanes.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
 static void check_id(const Call& call, int32_t id, int64_t position, int64_t rows) {
   if (id >= 0 && id < rows) return;
-  fail(ErrorKind::data, "ERR_TOKEN_RANGE", call.op, "ids",
-       text("token id %d at position %lld is outside the table of %lld rows; tokenizer and model must agree on the vocabulary", id,
-            static_cast<long long>(position), static_cast<long long>(rows)),
-       text("0 to %lld", static_cast<long long>(rows - 1)), text("%d", id));
+  raise(Fault::table_row, call.op, position, id, rows);
 }
 
 template <class T>

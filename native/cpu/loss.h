@@ -3,8 +3,8 @@
 #pragma once
 #include <cmath>
 #include <cstring>
-#include <string>
 
+#include "core/checks.h"
 #include "core/kernel.h"
 #include "cpu/gemm.h"
 #include "cpu/simd.h"
@@ -86,10 +86,7 @@ inline int64_t list_tokens(const View& weights, int64_t n, int32_t* token) {
 
 inline void check_target(const Call& call, int64_t target, int64_t position, int64_t v) {
   if (target >= 0 && target < v) return;
-  throw Error(ErrorKind::data, "ERR_TOKEN_RANGE",
-              std::string(call.op) + ": targets has token " + std::to_string(target) + " at position " + std::to_string(position) +
-                  ", outside the vocabulary of " + std::to_string(v) + "; give tokens that do not count the weight 0")
-      .in(call.op).on("targets").wanted("0 to " + std::to_string(v - 1)).got(std::to_string(target));
+  raise(Fault::target, call.op, position, static_cast<double>(target), v);
 }
 
 inline void zero(const View& v) {

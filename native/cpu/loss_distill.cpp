@@ -9,9 +9,6 @@
 namespace limbeck::cpu::LIMBECK_ISA {
 namespace {
 
-enum Divergence { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation, alpha_beta, adaptive, divergence_count };
-enum Tail { bucket, renormalize, truncate, tail_count };
-
 // A token that the teacher rules out (logit -inf) has this log-ratio to the student.
 constexpr float kFarthest = 1e4f;
 
@@ -164,10 +161,6 @@ struct ForwardKlTile {
   TileHook hook() { return {run, this}; }
 };
 
-[[noreturn]] void refuse(const Call& call, const char* argument, const std::string& text) {
-  throw Error(ErrorKind::config, "ERR_CONFIG", std::string(call.op) + ": " + text).in(call.op).on(argument);
-}
-
 struct Distill : HeadShape {
   const Call& call;
   View x, w, targets, weights, tx, tw, tlogits, tids, tlogp;
@@ -218,7 +211,7 @@ struct Distill : HeadShape {
   }
 
   void run() {
-    check_arguments();
+    check_distill(call);
     ThreadPool& threads = *call.threads;
     for (int k = 0; k < 4; ++k) zero(call.out[k]);
     if (!call.accumulate[4]) zero(dx);
@@ -241,20 +234,6 @@ struct Distill : HeadShape {
   }
 
  private:
-  void check_arguments() const {
-    const int teachers = (tx && tw ? 1 : 0) + (tlogits ? 1 : 0) + (tids && tlogp ? 1 : 0);
-    if (teachers != 1 || static_cast<bool>(tx) != static_cast<bool>(tw) || static_cast<bool>(tids) != static_cast<bool>(tlogp))
-      refuse(call, "tx", "the teacher must be given in one way: tx with tw, tlogits, or tids with tlogp");
-    if (divergence < 0 || divergence >= divergence_count) refuse(call, "divergence", "there is no divergence " + std::to_string(divergence));
-    if (tail < 0 || tail >= tail_count) refuse(call, "tail", "there is no tail treatment " + std::to_string(tail));
-    if (sparse && divergence != forward_kl) refuse(call, "divergence", "a sparse teacher (tids, tlogp) goes with the forward KL divergence only");
-    if (!(T > 0)) refuse(call, "temperature", "temperature is " + std::to_string(T) + ", it must be above 0");
-    if (ce_weight != 0 && !targets) refuse(call, "targets", "ce_weight is not 0, so targets must be given");
-    if ((divergence == jsd || divergence == skew_forward_kl || divergence == skew_reverse_kl || divergence == adaptive) && !(param > 0 && param < 1))
-      refuse(call, "param", "param is " + std::to_string(param) + ", it must lie between 0 and 1");
-    if (divergence == alpha_beta && !(param > 0 && param2 > 0)) refuse(call, "param", "alpha and beta must both be above 0");
-  }
-
   void check_token(int64_t position) const {
     if (hard) check_target(call, targets.as<const int32_t>()[position], position, v);
     if (!sparse) return;
@@ -264,26 +243,14 @@ struct Distill : HeadShape {
     double mass = 0;
     for (int64_t k = 0; k < m; ++k) {
       if (id[k] < 0) continue;
-      if (id[k] >= v)
-        throw Error(ErrorKind::data, "ERR_TOKEN_RANGE",
-                    std::string(call.op) + ": tids has token " + std::to_string(id[k]) + " at position " + std::to_string(position) +
-                        ", outside the vocabulary of " + std::to_string(v) + "; teacher and student must share one vocabulary")
-            .in(call.op).on("tids").wanted("below " + std::to_string(v)).got(std::to_string(id[k]));
+      if (id[k] >= v) raise(Fault::teacher_token, call.op, position, id[k], v);
       mass += std::exp(static_cast<double>(logp[k]));
       if (tail == truncate) continue;  // samples may name a token twice
       int32_t twice = 0;
       for (int64_t l = 0; l < k; ++l) twice |= id[l] == id[k];
-      if (twice)
-        throw Error(ErrorKind::data, "ERR_TEACHER_TOKENS",
-                    std::string(call.op) + ": tids names token " + std::to_string(id[k]) + " twice at position " + std::to_string(position) +
-                        "; the kept tokens of a position must differ (or, for samples, use tail 'truncate')")
-            .in(call.op).on("tids");
+      if (twice) raise(Fault::teacher_twice, call.op, position, id[k], v);
     }
-    if (mass > 1.01)
-      throw Error(ErrorKind::data, "ERR_TEACHER_MASS",
-                  std::string(call.op) + ": the teacher's probabilities at position " + std::to_string(position) + " sum to " + std::to_string(mass) +
-                      "; tlogp must hold natural logarithms of probabilities")
-          .in(call.op).on("tlogp").wanted("at most 1").got(std::to_string(mass));
+    if (mass > 1.01) raise(Fault::teacher_mass, call.op, position, mass, v);
   }
 
   void teacher(ThreadPool& threads, const Chunk& chunk) {

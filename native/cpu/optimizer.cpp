@@ -1,7 +1,7 @@
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101) for all parameters in one launch.
 #include <cmath>
 
-#include "core/fail.h"
+#include "core/checks.h"
 #include "core/moments.h"
 #include "core/random.h"
 #include "cpu/lanes.h"
@@ -39,15 +39,6 @@ static Update update_of(const Call& call, const View& norm2, const View& rates) 
   u.seed = static_cast<uint64_t>(call.scalar[5]);
   u.step = static_cast<uint64_t>(step);
   return u;
-}
-
-static void check_blocks(const Call& call, const View& blocks, const char* argument, int64_t size) {
-  const int64_t n = call.in[0].size(), wanted = (n + size - 1) / size;
-  if (blocks.size() == wanted) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
-       text("%s has %lld entries, but %lld parameters are %lld blocks of %lld", argument, static_cast<long long>(blocks.size()),
-            static_cast<long long>(n), static_cast<long long>(wanted), static_cast<long long>(size)),
-       text("[%lld]", static_cast<long long>(wanted)), text("[%lld]", static_cast<long long>(blocks.size())));
 }
 
 // Where parameters are kept: float32, with a rounded copy where one is wanted, or bf16 alone, rounded up or down by chance so that

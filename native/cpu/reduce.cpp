@@ -1,5 +1,5 @@
 // Sums to one number, in float64 over chunks of a fixed size that are added in order; and reductions over the last dimension (c).
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cpu/lanes.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
@@ -109,9 +109,7 @@ static void is_finite(const Call& call) {
 // argmax(x[* c]) -> y[*]:i32: the first of equal maxima; a NaN counts as the largest, as in NumPy.
 static void argmax(const Call& call) {
   const int64_t rows = call.in[0].rows(), c = call.in[0].cols();
-  if (c == 0 && rows > 0)
-    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "x", text("x has rows of no elements, which have no largest one"), text("c > 0"),
-         text("c = 0"));
+  check_argmax(call);
   const float* x = call.in[0].as<float>();
   int32_t* y = call.out[0].as<int32_t>();
   if (!y) return;

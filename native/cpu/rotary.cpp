@@ -2,23 +2,16 @@
 // B batch, T tokens, H heads, D head size.
 #include <cmath>
 
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cpu/lanes.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
-
-static void check_even(const Call& call, int64_t d, const char* argument) {
-  if (d > 0 && d % 2 == 0) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
-       text("the head size is %lld, but rotary embedding turns pairs: it must be even and positive", static_cast<long long>(d)),
-       text("an even number"), text("%lld", static_cast<long long>(d)));
-}
 
 // rope_table(positions[*]:i32, d, base) -> table[* d]: cosines, then sines; angles in float64.
 static void rope_table(const Call& call) {
   const int32_t* positions = call.in[0].as<int32_t>();
   const int64_t d = call.out[0].cols(), half = d / 2;
-  check_even(call, d, "d");
+  check_even_head(call, d, "d");
   const double base = call.scalar[1];
   double* frequency = static_cast<double*>(call.workspace);
   for (int64_t i = 0; i < half; ++i) frequency[i] = ::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(d));
@@ -44,7 +37,7 @@ static size_t rope_table_bytes(const Call& call) {
 static void rotate(const Call& call, float direction) {
   const View& x = call.in[0];
   const int64_t heads = x.dims[2], d = x.dims[3], half = d / 2;
-  check_even(call, d, "x");
+  check_even_head(call, d, "x");
   const float *from = x.as<float>(), *table = call.in[1].as<float>();
   const Sink y(call, 0);
   for_rows(call, x.dims[0] * x.dims[1], heads * d, [=](int64_t row) {

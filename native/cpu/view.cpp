@@ -1,5 +1,5 @@
 // Rearrangements that have to move bytes. The package reshapes to the few forms below: o and i are all dims before and after.
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cpu/lanes.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
@@ -66,9 +66,7 @@ static void copy_slab(const Call& call, int64_t outer, int64_t run, const float*
 static void concat(const Call& call) {
   const View &a = call.in[0], &b = call.in[1];
   const int64_t inner = a.dims[2], m = a.dims[1] * inner, n = b.dims[1] * inner;
-  if (call.out[0].dims[1] * inner != m + n)
-    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "s", text("s must be m + n"), text("%lld", static_cast<long long>(a.dims[1] + b.dims[1])),
-         text("%lld", static_cast<long long>(call.out[0].dims[1])));
+  check_concat(call);
   const Sink y(call, 0);
   copy_slab(call, a.dims[0], m, a.as<float>(), m, 0, y, m + n, 0);
   copy_slab(call, a.dims[0], n, b.as<float>(), n, 0, y, m + n, m);
@@ -80,14 +78,6 @@ static void concat_backward(const Call& call) {
   const int64_t inner = dy.dims[2], m = a.dims[1] * inner, n = b.dims[1] * inner;
   copy_slab(call, dy.dims[0], m, dy.as<float>(), m + n, 0, Sink(call, 0), m, 0);
   copy_slab(call, dy.dims[0], n, dy.as<float>(), m + n, m, Sink(call, 1), n, 0);
-}
-
-static void check_slice(const Call& call, int64_t start, int64_t m, int64_t n) {
-  if (start >= 0 && start + m <= n) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, "start",
-       text("elements %lld to %lld are outside a dimension of %lld", static_cast<long long>(start), static_cast<long long>(start + m),
-            static_cast<long long>(n)),
-       text("0 to %lld", static_cast<long long>(n)), text("%lld to %lld", static_cast<long long>(start), static_cast<long long>(start + m)));
 }
 
 // slice(x[o n i], start, m) -> y[o m i]
@@ -110,9 +100,7 @@ static void slice_backward(const Call& call) {
 
 static void check_index(const Call& call, int32_t index, int64_t row, int64_t c) {
   if (index >= 0 && index < c) return;
-  fail(ErrorKind::data, "ERR_TOKEN_RANGE", call.op, "ids",
-       text("index %d at position %lld is outside a row of %lld", index, static_cast<long long>(row), static_cast<long long>(c)),
-       text("0 to %lld", static_cast<long long>(c - 1)), text("%d", index));
+  raise(Fault::row_index, call.op, row, index, c);
 }
 
 // pick(x[* c], ids[*]:i32) -> y[*]: one element of each row.

@@ -2,6 +2,7 @@
 // what it can; everything else is attention_sm80.cuh's.
 #include <algorithm>
 
+#include "core/checks.h"
 #include "core/fail.h"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/attention_sm90.cuh"
@@ -15,42 +16,17 @@ using attention::problem_of;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What only these kernels refuse, then what every device does.
 void check(const Call& call, int first, bool square) {
-  const View &q = call.in[first], &k = call.in[first + 1];
-  const int64_t t = q.dims[1], h = q.dims[2], d = q.dims[3], s = k.dims[1], g = k.dims[2];
-  const int64_t window = static_cast<int64_t>(call.scalar[2]);
-  const auto refuse = [&](ErrorKind kind, const char* code, const char* argument, const Text& problem, const Text& expected,
-                          int64_t actual) {
-    fail(kind, code, call.op, argument, problem, expected, text("%lld", static_cast<long long>(actual)));
-  };
-  using Long = long long;
+  const View& q = call.in[first];
+  const long long d = q.dims[3];
   if (q.dtype != DType::bf16)
     fail(ErrorKind::dtype, "ERR_DTYPE", call.op, "q", text("q is %s; on the GPU attention computes in bf16: cast q, k and v to bf16", name_of(q.dtype)),
          text("bf16"), text("%s", name_of(q.dtype)));
-  if (g < 1 || h < 1 || h % g != 0)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_HEADS", "q",
-           text("q has %lld heads, which cannot share the %lld heads of k and v evenly", Long{h}, Long{g}),
-           text("a multiple of %lld heads", Long{g}), h);
   if (d < 1 || d > attention::kMaxHead)
-    refuse(ErrorKind::shape, "ERR_SHAPE", "q", text("q has heads of size %lld; on the GPU a head has 1 to 256 elements (fastest: 64, 80, 96, 128, 256)", Long{d}),
-           text("1 to 256"), d);
-  if (square ? t != s : t > s)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_LENGTH", "k",
-           square ? text("q has %lld positions and k has %lld; gradients need the same in both", Long{t}, Long{s})
-                  : text("q has %lld positions and k has %lld; q must be the last positions of k", Long{t}, Long{s}),
-           text(square ? "%lld positions" : "at least %lld positions", Long{t}), s);
-  constexpr int64_t most = (int64_t{1} << 31) - 1024;
-  if (s > most || t * (h / g) > most)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_LENGTH", "k", text("sequences of %lld positions are not supported", Long{s}),
-           text("at most %lld", Long{most}), s);
-  if (window < 0)
-    refuse(ErrorKind::config, "ERR_ATTENTION_WINDOW", "window",
-           text("window is %lld; give the number of keys that a query sees, itself included, or 0 for all", Long{window}),
-           text("0 or more"), window);
-  if (call.in[first + 3] && t != s)
-    refuse(ErrorKind::shape, "ERR_ATTENTION_STARTS", "starts",
-           text("starts is for whole sequences, but q has %lld positions and k has %lld", Long{t}, Long{s}),
-           text("q and k of the same length"), t);
+    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "q",
+         text("q has heads of size %lld; on the GPU a head has 1 to 256 elements (fastest: 64, 80, 96, 128, 256)", d), text("1 to 256"), text("%lld", d));
+  check_attention(call, first, square);
 }
 
 __global__ void check_starts(const int32_t* starts, int t, int64_t n, FaultCheck fault) {
@@ -131,7 +107,7 @@ void attention_forward(const Call& call) {
   if (p.starts != nullptr) {
     const int64_t n = static_cast<int64_t>(p.b) * p.t;
     launch(call, Grid{dim3(static_cast<unsigned>(ceil_div(n, 256))), dim3(256)}, check_starts, p.starts, p.t, n,
-           FaultCheck{device_of(call).fault, FaultKind::document_start, call.op, p.t});
+           FaultCheck{device_of(call).fault, Fault::document_start, call.op, p.t});
   }
   if (on_hopper(call) && attention_sm90(call)) return;
   with_head(p.d, [&](auto d) { p.direct ? choose_forward<d, true>(call, p) : choose_forward<d, false>(call, p); });

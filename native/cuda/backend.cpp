@@ -127,8 +127,8 @@ class Cuda final : public Backend {
     check_architecture(device_.architecture, properties.name);
     check(cudaStreamCreateWithFlags(&device_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
-    check(cudaHostAlloc(reinterpret_cast<void**>(&device_.fault), sizeof(Fault), cudaHostAllocMapped), "cudaHostAlloc");
-    *device_.fault = Fault{};
+    check(cudaHostAlloc(reinterpret_cast<void**>(&device_.fault), sizeof(FaultRecord), cudaHostAllocMapped), "cudaHostAlloc");
+    *device_.fault = FaultRecord{};
     for (Slot& slot : slots_) {
       check(cudaMallocHost(&slot.pinned, kSlotBytes), "cudaMallocHost");
       check(cudaMalloc(&slot.device, kSlotBytes), "cudaMalloc");
@@ -228,7 +228,7 @@ class Cuda final : public Backend {
 
   void clear_fault() override {
     drain();
-    *device_.fault = Fault{};
+    *device_.fault = FaultRecord{};
   }
 
   void capture() override {
@@ -305,7 +305,7 @@ class Cuda final : public Backend {
       try {
         enter();
         check(cudaEventSynchronize(c.slot ? c.slot->emptied.event : c.event->event), "cuda");
-        if (device_.fault->key != Fault::no_key) fault = std::make_unique<Error>(error_of(*device_.fault));
+        if (device_.fault->key != FaultRecord::no_key) fault = std::make_unique<Error>(error_of(*device_.fault));
         else if (c.to) std::memcpy(c.to, c.slot->pinned, c.bytes);
       } catch (const Error& e) {
         fault = std::make_unique<Error>(e);

@@ -10,7 +10,7 @@
 namespace limbeck::cuda {
 
 class Blas;
-struct Fault;
+struct FaultRecord;
 
 struct Device {
   int number = 0;
@@ -21,7 +21,7 @@ struct Device {
   size_t workspace_limit = 0;    // bytes of temporary memory for kernels that have the choice; 0: their own
   cudaStream_t stream = nullptr; // what kernels are launched on
   Blas* blas = nullptr;          // matrix products (blas.h)
-  Fault* fault = nullptr;        // where kernels report bad data (fault.h)
+  FaultRecord* fault = nullptr;  // where kernels report bad data (fault.h)
 };
 
 std::vector<const KernelFamily*> families();

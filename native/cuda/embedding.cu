@@ -6,7 +6,7 @@
 
 namespace limbeck::cuda {
 
-static FaultCheck table_check(const Call& call, int64_t v) { return {device_of(call).fault, FaultKind::table_row, call.op, v}; }
+static FaultCheck table_check(const Call& call, int64_t v) { return {device_of(call).fault, Fault::table_row, call.op, v}; }
 
 template <class T>
 struct Embed {

@@ -247,7 +247,7 @@ struct CrossEntropy {
   void one(const Tokens& tokens) {
     const int64_t many = tokens.rows;
     const Words<T> words{&w, converted};
-    const FaultCheck outside{device_of(call).fault, FaultKind::target, call.op, v};
+    const FaultCheck outside{device_of(call).fault, Fault::target, call.op, v};
     launch(call, Grid{dim3(static_cast<unsigned>(ceil_div(many, kThreads))), dim3(kThreads)}, targets_kernel, tokens, call.in[2].as<const int>(), outside, target);
     const T* hidden = x.as<const T>() + tokens.first * c;
     if (tokens.list) {

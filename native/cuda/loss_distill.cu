@@ -16,9 +16,6 @@
 namespace limbeck::cuda {
 namespace {
 
-enum Divergence { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation, alpha_beta, adaptive, divergence_count };
-enum Tail { bucket, renormalize, truncate, tail_count };
-
 // A token that the teacher rules out (logit -inf) has this log-ratio to the student.
 constexpr float kFarthest = 1e4f;
 
@@ -574,10 +571,6 @@ void with_divergence(int divergence, Body body) {
   }
 }
 
-[[noreturn]] void refuse(const Call& call, const char* argument, const std::string& problem) {
-  throw Error(ErrorKind::config, "ERR_CONFIG", std::string(call.op) + ": " + problem).in(call.op).on(argument);
-}
-
 template <class T>
 struct Distill {
   // Blocks of 384 tokens and chunks of 1408, of a vocabulary of 256000 at width 2304.
@@ -655,7 +648,7 @@ struct Distill {
   }
 
   void run() {
-    check_arguments();
+    check_distill(call);
     Tokens tokens{n, call.in[3].as<const float>()};
     const int64_t counted = list_tokens(call, tokens, list, count);
     for (int k = 1; k < 4; ++k)
@@ -707,15 +700,15 @@ struct Distill {
     const Options o = options();
     const RowOutputs out{call.out[1].as<float>(), hard ? call.out[2].as<float>() : nullptr, call.out[3].as<float>(), part};
     const Kept kept{tids.as<const int>(), tlogp.as<const float>()};
-    Fault* fault = device_of(call).fault;
+    FaultRecord* fault = device_of(call).fault;
     const int64_t many = tokens.rows;
     if (hard) {
       const Grid grid{dim3(static_cast<unsigned>(ceil_div(many, kThreads))), dim3(kThreads)};
-      launch(call, grid, targets_kernel, tokens, targets.as<const int>(), FaultCheck{fault, FaultKind::target, call.op, v}, target);
+      launch(call, grid, targets_kernel, tokens, targets.as<const int>(), FaultCheck{fault, Fault::target, call.op, v}, target);
     }
     if (sparse) {
-      launch(call, warps(many), check_kernel, tokens, kept, o.m, tail != truncate, FaultCheck{fault, FaultKind::teacher_token, call.op, v},
-             FaultCheck{fault, FaultKind::teacher_twice, call.op, v}, FaultCheck{fault, FaultKind::teacher_mass, call.op, v});
+      launch(call, warps(many), check_kernel, tokens, kept, o.m, tail != truncate, FaultCheck{fault, Fault::teacher_token, call.op, v},
+             FaultCheck{fault, Fault::teacher_twice, call.op, v}, FaultCheck{fault, Fault::teacher_mass, call.op, v});
       launch(call, warps(many * slots), sums_kernel<M, false>, l, nullptr, o, tokens, kept, sums);
     } else {
       launch(call, warps(many * slots), sums_kernel<M, true>, l, t, o, tokens, kept, sums);
@@ -737,20 +730,6 @@ struct Distill {
     } else {
       with_divergence(divergence, [&]<class D>(D) { launch(call, warps(many * slots), gradient_kernel<T, D, true>, l, t, o, row, to, ld); });
     }
-  }
-
-  void check_arguments() const {
-    const int teachers = (tx && tw ? 1 : 0) + (tlogits ? 1 : 0) + (tids && tlogp ? 1 : 0);
-    if (teachers != 1 || static_cast<bool>(tx) != static_cast<bool>(tw) || static_cast<bool>(tids) != static_cast<bool>(tlogp))
-      refuse(call, "tx", "the teacher must be given in one way: tx with tw, tlogits, or tids with tlogp");
-    if (divergence < 0 || divergence >= divergence_count) refuse(call, "divergence", "there is no divergence " + std::to_string(divergence));
-    if (tail < 0 || tail >= tail_count) refuse(call, "tail", "there is no tail treatment " + std::to_string(tail));
-    if (sparse && divergence != forward_kl) refuse(call, "divergence", "a sparse teacher (tids, tlogp) goes with the forward KL divergence only");
-    if (!(temperature > 0)) refuse(call, "temperature", "temperature is " + std::to_string(temperature) + ", it must be above 0");
-    if (ce_weight != 0 && !targets) refuse(call, "targets", "ce_weight is not 0, so targets must be given");
-    if ((divergence == jsd || divergence == skew_forward_kl || divergence == skew_reverse_kl || divergence == adaptive) && !(param > 0 && param < 1))
-      refuse(call, "param", "param is " + std::to_string(param) + ", it must lie between 0 and 1");
-    if (divergence == alpha_beta && !(param > 0 && param2 > 0)) refuse(call, "param", "alpha and beta must both be above 0");
   }
 };
 

@@ -1,7 +1,7 @@
 // AdamW (Loshchilov and Hutter, arXiv 1711.05101) for all parameters in one launch, at the speed of memory.
 #include <cmath>
 
-#include "core/fail.h"
+#include "core/checks.h"
 #include "core/moments.h"
 #include "cuda/bf16.cuh"
 #include "cuda/launch.h"
@@ -181,15 +181,6 @@ __global__ void __launch_bounds__(kThreads) update_8bit(P* p, const float* g, ui
   put_codes(m + i, count, m_new);
   put_codes(v + i, count, v_new);
   put_parameters(p, copy, i, count, x, u);
-}
-
-void check_blocks(const Call& call, const View& blocks, const char* argument, int64_t size) {
-  const int64_t n = call.in[0].size(), wanted = (n + size - 1) / size;
-  if (blocks.size() == wanted) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
-       text("%s has %lld entries, but %lld parameters are %lld blocks of %lld", argument, static_cast<long long>(blocks.size()),
-            static_cast<long long>(n), static_cast<long long>(wanted), static_cast<long long>(size)),
-       text("[%lld]", static_cast<long long>(wanted)), text("[%lld]", static_cast<long long>(blocks.size())));
 }
 
 const Update* prepare(const Call& call, const View& norm2, const View& rates) {

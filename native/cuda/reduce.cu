@@ -1,6 +1,6 @@
 // Sums to one number, in float64 over chunks of a fixed size that are added in a fixed order; and reductions over the last dimension
 // (c), a warp or a block for each row. Rows that the threads of a block can hold are read once.
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cuda/lanes.cuh"
 
 namespace limbeck::cuda {
@@ -198,8 +198,7 @@ struct Argmax {
 template <class T>
 static void argmax(const Call& call) {
   const View& x = call.in[0];
-  if (x.cols() == 0 && x.rows() > 0)
-    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "x", text("x has rows of no elements, which have no largest one"), text("c > 0"), text("c = 0"));
+  check_argmax(call);
   if (!call.out[0]) return;
   for_rows<kVector<T>>(call, x.rows(), x.cols(), aligned(x.as<T>()), Argmax<T>{x.as<T>(), call.out[0].as<int32_t>()});
 }

@@ -1,16 +1,9 @@
 // Rotary position embedding in the half-split (NEOX) layout: dims i and i + d/2 turn together by position * base^(-2i/d).
 // B batch, T tokens, H heads, D head size.
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cuda/lanes.cuh"
 
 namespace limbeck::cuda {
-
-static void check_even(const Call& call, int64_t d, const char* argument) {
-  if (d > 0 && d % 2 == 0) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, argument,
-       text("the head size is %lld, but rotary embedding turns pairs: it must be even and positive", static_cast<long long>(d)),
-       text("an even number"), text("%lld", static_cast<long long>(d)));
-}
 
 struct Frequency {
   double* frequency;
@@ -38,7 +31,7 @@ struct Table {
 // rope_table(positions[*]:i32, d, base) -> table[* d]:f32: cosines, then sines; angles in float64.
 static void rope_table(const Call& call) {
   const int64_t d = call.out[0].cols(), half = d / 2;
-  check_even(call, d, "d");
+  check_even_head(call, d, "d");
   double* frequency = static_cast<double*>(call.workspace);
   if (!call.out[0]) return;
   for_elements<1>(call, half, false, Frequency{frequency, call.scalar[1], d});
@@ -74,7 +67,7 @@ static void rotate(const Call& call, double direction) {
   constexpr int N = kVector<T>;
   const View& x = call.in[0];
   const int64_t heads = x.dims[2], d = x.dims[3], half = d / 2;
-  check_even(call, d, "x");
+  check_even_head(call, d, "x");
   const Rotate<T> body{x.as<T>(), call.in[1].as<float>(), heads, half, static_cast<float>(direction), Sink<T>(call, 0)};
   if (!body.y.data) return;
   for_elements<N>(call, x.size() / 2, half % N == 0 && aligned(body.x, body.table, body.y.data), body);

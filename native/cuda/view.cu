@@ -1,5 +1,5 @@
 // Rearrangements that have to move bytes. The package reshapes to the few forms below: o and i are all dims before and after.
-#include "core/fail.h"
+#include "core/checks.h"
 #include "cuda/fault.h"
 #include "cuda/lanes.cuh"
 
@@ -107,9 +107,7 @@ template <class T>
 static void concat(const Call& call) {
   const View &a = call.in[0], &b = call.in[1];
   const int64_t inner = a.dims[2], m = a.dims[1] * inner, n = b.dims[1] * inner;
-  if (call.out[0].dims[1] * inner != m + n)
-    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "s", text("s must be m + n"), text("%lld", static_cast<long long>(a.dims[1] + b.dims[1])),
-         text("%lld", static_cast<long long>(call.out[0].dims[1])));
+  check_concat(call);
   const Sink<T> y(call, 0);
   copy_slab<T>(call, a.dims[0], {m, a.as<T>(), m, 0, y, m + n, 0});
   copy_slab<T>(call, a.dims[0], {n, b.as<T>(), n, 0, y, m + n, m});
@@ -122,14 +120,6 @@ static void concat_backward(const Call& call) {
   const int64_t inner = dy.dims[2], m = a.dims[1] * inner, n = b.dims[1] * inner;
   copy_slab<T>(call, dy.dims[0], {m, dy.as<T>(), m + n, 0, Sink<T>(call, 0), m, 0});
   copy_slab<T>(call, dy.dims[0], {n, dy.as<T>(), m + n, m, Sink<T>(call, 1), n, 0});
-}
-
-static void check_slice(const Call& call, int64_t start, int64_t m, int64_t n) {
-  if (start >= 0 && start + m <= n) return;
-  fail(ErrorKind::shape, "ERR_SHAPE", call.op, "start",
-       text("elements %lld to %lld are outside a dimension of %lld", static_cast<long long>(start), static_cast<long long>(start + m),
-            static_cast<long long>(n)),
-       text("0 to %lld", static_cast<long long>(n)), text("%lld to %lld", static_cast<long long>(start), static_cast<long long>(start + m)));
 }
 
 // slice(x[o n i], start, m) -> y[o m i]
@@ -176,7 +166,7 @@ struct Index {
   int64_t c;
   FaultCheck check;
   explicit Index(const Call& call, const View& x, const View& ids)
-      : ids(ids.as<int32_t>()), c(x.cols()), check{device_of(call).fault, FaultKind::row_index, call.op, x.cols()} {}
+      : ids(ids.as<int32_t>()), c(x.cols()), check{device_of(call).fault, Fault::row_index, call.op, x.cols()} {}
   // Whether the row's index lies in the row.
   __device__ __forceinline__ bool inside(int64_t row) const {
     const int32_t id = ids[row];

@@ -72,20 +72,20 @@ class Emulated final : public Backend {
   }
   void write(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void read(void* to, const void* from, size_t bytes, Done done) override {
-    if (fault_.key == Fault::no_key) std::memcpy(to, from, bytes);
+    if (fault_.key == FaultRecord::no_key) std::memcpy(to, from, bytes);
     sync(std::move(done));
   }
   void sync(Done done) override {
-    if (fault_.key == Fault::no_key) return done(nullptr);
+    if (fault_.key == FaultRecord::no_key) return done(nullptr);
     const Error error = error_of(fault_);
     done(&error);
   }
   void drain() override {}
-  void clear_fault() override { fault_ = Fault{}; }
+  void clear_fault() override { fault_ = FaultRecord{}; }
 
  private:
   Device device_;
-  Fault fault_;
+  FaultRecord fault_;
   std::unique_ptr<Blas> blas_;
   std::string detail_;
 };
