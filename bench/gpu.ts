@@ -216,7 +216,7 @@ async function timeStep(step: Step, peak: Ceilings): Promise<Result[]> {
     seconds.push((performance.now() - from) / 1000);
     loss.dispose();
   }
-  const { live: _, peak: bytes } = memory();
+  const bytes = memory().peak;
   for (const t of [input.ids, input.positions, targets, weights]) t.dispose();
   optimizer.dispose();
   model.dispose();

@@ -147,7 +147,6 @@ async function build(nvcc, force) {
     ...plan.flags,
     ...plan.host.map((flag) => `-Xcompiler=${flag}`),
     ...plan.definitions.map((d) => `-D${d}`),
-    `-DLIMBECK_CUDA_BUILD="nvcc ${nvcc.version}, ${plan.architectures.map((a) => a.replace(/.*code=/, '')).join(' ')}"`,
     `-I${native}`,
     ...plan.architectures.map((architecture) => `-gencode=${architecture}`),
   ];

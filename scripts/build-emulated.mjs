@@ -76,8 +76,8 @@ export async function buildEmulated(compiler, jobs, force) {
     return object;
   };
   const kernels = list(path.join(native, 'cuda'), '.cu').map((source) => add(source, plan.instrument));
-  const host = [families, ...cuda.core.map((file) => path.join(native, 'core', file)), ...hostSources()].map((source) =>
-    add(source),
+  const host = [families, ...[...cuda.core, ...plan.core].map((file) => path.join(native, 'core', file)), ...hostSources()].map(
+    (source) => add(source),
   );
   const tests = list(testFolder, '_test.cpp').map((source) => add(source, plan.instrument));
   if (tasks.length > 0) console.error(`limbeck: compiling ${tasks.length} files of the emulated CUDA backend (${jobs} at once)`);

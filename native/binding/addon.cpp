@@ -463,7 +463,6 @@ Napi::Value info(const Napi::CallbackInfo& info) {
       return nullptr;
     });
   }
-  if (me.engines[1]) o.Set("cuda", me.engines[1]->backend().detail());
   o.Set("blas", blas_name);
   o.Set("compiler", __VERSION__);
   return o;

@@ -49,18 +49,15 @@ void Arena::free(void* p, size_t bytes) {
   insert(offset, size);
 }
 
-std::vector<std::pair<void*, size_t>> Arena::take_free_pages() {
-  constexpr size_t page = 4096;
-  std::vector<std::pair<void*, size_t>> pages;
-  for (const auto& [offset, size] : by_offset_) {
-    const size_t from = (offset + page - 1) / page * page, to = std::min(offset + size, high_water_) / page * page;
-    if (to > from) pages.emplace_back(base_ + from, to - from);
-  }
+std::vector<std::pair<void*, size_t>> Arena::take_free_parts() {
+  std::vector<std::pair<void*, size_t>> parts;
+  for (const auto& [offset, size] : by_offset_)
+    if (offset < high_water_) parts.emplace_back(base_ + offset, std::min(size, high_water_ - offset));
   if (!by_offset_.empty()) {
     const auto& [offset, size] = *by_offset_.rbegin();
     if (offset + size == limit_) high_water_ = std::min(high_water_, offset);
   }
-  return pages;
+  return parts;
 }
 
 }  // namespace limbeck

@@ -19,8 +19,8 @@ class Arena {
 
   void* allocate(size_t bytes);  // 64-byte aligned; nullptr when there is no room
   void free(void* p, size_t bytes);
-  // Whole free pages, and forgets that they were used. Give them to the range once the stream has passed this point.
-  std::vector<std::pair<void*, size_t>> take_free_pages();
+  // What was used and is free, and forgets that it was used. Give it to the range once the stream has passed this point.
+  std::vector<std::pair<void*, size_t>> take_free_parts();
   Range& range() { return *range_; }
 
   size_t live() const { return live_; }

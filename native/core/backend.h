@@ -65,7 +65,6 @@ struct BackendOptions {
 struct BackendLibrary {
   int abi;
   size_t call_bytes, view_bytes;
-  const char* build;  // compiler and architectures
   // Throws Error of kind device: no driver, no device, wrong architecture.
   std::unique_ptr<Backend> (*open)(const BackendOptions& options);
   // What there is, as JSON: driver, devices, libraries found and where they were looked for. Never throws.

@@ -383,7 +383,7 @@ MemoryReport Engine::memory() {
 }
 
 void Engine::trim() {
-  sync([pages = arena_.take_free_pages(), &range = arena_.range()](const Error*) { range.give_back(pages); });
+  sync([parts = arena_.take_free_parts(), &range = arena_.range()](const Error*) { range.give_back(parts); });
 }
 
 void Engine::profile(bool on) {

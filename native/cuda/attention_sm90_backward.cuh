@@ -101,12 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(rows_full, 1);
     for (int i = 0; i < 2; ++i) ptx::mbarrier_init(old_full + i, 1);
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(k_full + i, 1);
-      ptx::mbarrier_init(v_full + i, 1);
-      ptx::mbarrier_init(k_empty + i, kWarps * f.cluster);
-      ptx::mbarrier_init(v_empty + i, kWarps * f.cluster);
-    }
+    init_ring(k_full, k_empty, f.cluster);
+    init_ring(v_full, v_empty, f.cluster);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -242,12 +238,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init(keys_full, 1);
     for (int i = 0; i < 4; ++i) ptx::mbarrier_init(old_full + i, 1);
     *aside = {begin, end, all_begin, all_end, batch, kv_head, key0};
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(q_full + i, 1);
-      ptx::mbarrier_init(dy_full + i, 1);
-      ptx::mbarrier_init(q_empty + i, kWarps * cluster);
-      ptx::mbarrier_init(dy_empty + i, kWarps * cluster);
-    }
+    init_ring(q_full, q_empty, cluster);
+    init_ring(dy_full, dy_empty, cluster);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -122,12 +122,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(q_full, 1);
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(k_full + i, 1);
-      ptx::mbarrier_init(v_full + i, 1);
-      ptx::mbarrier_init(k_empty + i, kWarps * f.cluster);
-      ptx::mbarrier_init(v_empty + i, kWarps * f.cluster);
-    }
+    init_ring(k_full, k_empty, f.cluster);
+    init_ring(v_full, v_empty, f.cluster);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

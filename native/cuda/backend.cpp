@@ -344,15 +344,6 @@ class Cuda final : public Backend {
   std::thread completions_;
 };
 
-std::string quoted(const std::string& s) {
-  std::string out = "\"";
-  for (const char c : s) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c < ' ' ? ' ' : c;
-  }
-  return out + "\"";
-}
-
 std::string probe() {
   std::string reason, devices;
   int driver_version = 0, count = 0;
@@ -382,6 +373,6 @@ std::unique_ptr<Backend> open(const BackendOptions& options) { return std::make_
 
 extern "C" __attribute__((visibility("default"))) const limbeck::BackendLibrary* limbeck_backend() {
   static const limbeck::BackendLibrary library = {limbeck::kBackendAbi, sizeof(limbeck::Call), sizeof(limbeck::View),
-                                                  LIMBECK_CUDA_BUILD, limbeck::cuda::open, limbeck::cuda::probe, limbeck::cuda::families, limbeck::cuda::imagine};
+                                                  limbeck::cuda::open, limbeck::cuda::probe, limbeck::cuda::families, limbeck::cuda::imagine};
   return &library;
 }

@@ -3,56 +3,48 @@
 
 namespace limbeck::cuda {
 
-template <class T>
-struct Add {
+struct Sum {
+  template <class V>
+  __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
+};
+struct Difference {
+  template <class V>
+  __device__ __forceinline__ V operator()(V a, V b) const { return a - b; }
+};
+struct Product {
+  template <class V>
+  __device__ __forceinline__ V operator()(V a, V b) const { return a * b; }
+};
+
+// y = f(a, b)
+template <class T, class F>
+struct Binary {
+  F f;
   const T *a, *b;
   Sink<T> y;
   template <class L>
   __device__ __forceinline__ void operator()(int64_t i, L lanes) const {
-    y.put(i, lanes, lanes.get(a + i) + lanes.get(b + i));
+    y.put(i, lanes, f(lanes.get(a + i), lanes.get(b + i)));
   }
 };
+
+template <class T, class F>
+static void binary(const Call& call, F f) {
+  const Binary<T, F> body{f, call.in[0].as<T>(), call.in[1].as<T>(), Sink<T>(call, 0)};
+  for_elements<kVector<T>>(call, call.in[0].size(), aligned(body.a, body.b, body.y.data), body);
+}
 
 // add(a[*], b[*]) -> y[*]
 template <class T>
-static void add(const Call& call) {
-  const Add<T> body{call.in[0].as<T>(), call.in[1].as<T>(), Sink<T>(call, 0)};
-  for_elements<kVector<T>>(call, call.in[0].size(), aligned(body.a, body.b, body.y.data), body);
-}
-
-template <class T>
-struct Sub {
-  const T *a, *b;
-  Sink<T> y;
-  template <class L>
-  __device__ __forceinline__ void operator()(int64_t i, L lanes) const {
-    y.put(i, lanes, lanes.get(a + i) - lanes.get(b + i));
-  }
-};
+static void add(const Call& call) { binary<T>(call, Sum{}); }
 
 // sub(a[*], b[*]) -> y[*]
 template <class T>
-static void sub(const Call& call) {
-  const Sub<T> body{call.in[0].as<T>(), call.in[1].as<T>(), Sink<T>(call, 0)};
-  for_elements<kVector<T>>(call, call.in[0].size(), aligned(body.a, body.b, body.y.data), body);
-}
-
-template <class T>
-struct Mul {
-  const T *a, *b;
-  Sink<T> y;
-  template <class L>
-  __device__ __forceinline__ void operator()(int64_t i, L lanes) const {
-    y.put(i, lanes, lanes.get(a + i) * lanes.get(b + i));
-  }
-};
+static void sub(const Call& call) { binary<T>(call, Difference{}); }
 
 // mul(a[*], b[*]) -> y[*]
 template <class T>
-static void mul(const Call& call) {
-  const Mul<T> body{call.in[0].as<T>(), call.in[1].as<T>(), Sink<T>(call, 0)};
-  for_elements<kVector<T>>(call, call.in[0].size(), aligned(body.a, body.b, body.y.data), body);
-}
+static void mul(const Call& call) { binary<T>(call, Product{}); }
 
 template <class T>
 struct MulBackward {

@@ -173,15 +173,6 @@ Library look_for(const Facts& facts) {
   return library;
 }
 
-std::string quoted(const std::string& text) {
-  std::string json = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') (json += '\\') += c;
-    else json += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
-  }
-  return json + '"';
-}
-
 std::string version_of(Vendor vendor) {
   const Library& found = library(vendor);
   if (!found.handle) return "";
@@ -221,6 +212,15 @@ const Library& require(Vendor vendor) {
   for (const Place& place : found.places) message += "\n  " + place.path + "\n    " + place.problem;
   message += std::string("\nTo fix it:\n  ") + f.fix + "\n  or set " + f.variable + " to the file or its folder";
   throw Error(ErrorKind::device, "ERR_LIBRARY_MISSING", message).on(f.name).wanted(f.file);
+}
+
+std::string quoted(const std::string& text) {
+  std::string json = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') (json += '\\') += c;
+    else json += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
+  }
+  return json + '"';
 }
 
 std::string libraries_json() {

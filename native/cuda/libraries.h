@@ -35,4 +35,7 @@ const Library& require(Vendor vendor);
 // What was found, as JSON: [{"name", "path", "version", "lookedIn"}]; path and version are empty where there is none.
 std::string libraries_json();
 
+// A text as a JSON string.
+std::string quoted(const std::string& text);
+
 }  // namespace limbeck::cuda

@@ -43,6 +43,12 @@ export const commonArguments = {
   debug: { type: 'boolean', description: 'Show the stack of an error.' },
 } as const satisfies ArgsDef;
 
+/** A run file and changes of its fields. */
+export const runArguments = {
+  run: { type: 'positional', required: false, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
+  set: { type: 'string', description: 'Change a field of the run, as often as wanted.', valueHint: 'field=value' },
+} as const satisfies ArgsDef;
+
 function tokens(rawArgs: readonly string[], definitions: ArgsDef) {
   const options: Record<string, { type: 'boolean' | 'string'; short?: string; multiple: true }> = {};
   for (const [name, definition] of Object.entries(definitions)) {

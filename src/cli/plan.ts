@@ -5,10 +5,10 @@ import type { ArgsDef } from 'citty';
 import type { Plan } from '../plan/plan.ts';
 import { bytes, count, duration } from '../train/format.ts';
 import { wantsColor } from '../train/progress.ts';
-import { allValues, command, commonArguments, parseOverrides, UsageError } from './command.ts';
+import { allValues, command, commonArguments, parseOverrides, runArguments, UsageError } from './command.ts';
 
 const planArguments = {
-  run: { type: 'positional', required: false, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
+  ...runArguments,
   device: {
     type: 'string',
     description:
@@ -16,7 +16,6 @@ const planArguments = {
     valueHint: 'name',
   },
   teacher: { type: 'string', description: 'A preset to plan with while the teacher does not exist yet.', valueHint: 'preset' },
-  set: { type: 'string', description: 'Change a field of the run, as often as wanted.', valueHint: 'field=value' },
   ...commonArguments,
 } as const satisfies ArgsDef;
 

@@ -4,14 +4,23 @@ import type { ArgsDef } from 'citty';
 import { ConfigError, OutOfMemoryError } from '../tensor/errors.ts';
 import type { RunConfig } from '../train/config.ts';
 import type { TrainEvent } from '../train/events.ts';
-import { allValues, type Command, command, commonArguments, Exit, exitCode, parseOverrides, UsageError } from './command.ts';
+import {
+  allValues,
+  type Command,
+  command,
+  commonArguments,
+  Exit,
+  exitCode,
+  parseOverrides,
+  runArguments,
+  UsageError,
+} from './command.ts';
 import { interruptible } from './interrupt.ts';
 
 type Loop = (run: RunConfig, options: { signal: AbortSignal }) => AsyncIterable<TrainEvent>;
 
 const trainArguments = {
-  run: { type: 'positional', required: false, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
-  set: { type: 'string', description: 'Change a field of the run, as often as wanted.', valueHint: 'field=value' },
+  ...runArguments,
   'dry-run': { type: 'boolean', description: 'Check the run, print it with all defaults, and stop.' },
   fields: { type: 'boolean', description: 'List every field of a run file with its meaning and default, and stop.' },
   schema: { type: 'boolean', description: 'Print the JSON Schema of run files, for editors, and stop.' },

@@ -123,9 +123,15 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   }
 }
 
+/** The configuration of a model folder. @throws FormatError */
+export async function loadConfig(folder: string): Promise<Gemma2Config> {
+  const path = join(folder, files.config);
+  return fromTransformers(await readJson(path), path);
+}
+
 /** The model of a folder, without its tokenizer. */
 export async function loadWeights(folder: string, options: LoadOptions = {}): Promise<LanguageModel> {
-  const config = fromTransformers(await readJson(join(folder, files.config)), join(folder, files.config));
+  const config = await loadConfig(folder);
   const model = createModel(config, { trainable: false, ...options });
   try {
     await fill(model, join(folder, files.weights));

@@ -1,7 +1,7 @@
 // What plans know of devices.
 
 import { copy } from '../ops/elementwise.ts';
-import { memory, type PlannedDevice, profile, shutdown, started, withDevice } from '../tensor/engine.ts';
+import { memory, type PlannedDevice, profile, shutdown, started, whileOn } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { backendInfo } from '../tensor/info.ts';
 import { op } from '../tensor/op.ts';
@@ -75,7 +75,7 @@ const COPIED = 1 << 24;
 async function thisProcessor(): Promise<PlannedDevice> {
   const before = started();
   try {
-    return await withDevice('cpu', async () => {
+    return await whileOn('cpu', async () => {
       const spent = async (name: string, f: () => unknown): Promise<number> => {
         const times = await profile(() => scope(f) as undefined);
         return times.find((t) => t.op === name)!.seconds;

@@ -2,18 +2,15 @@
 // thought of. Memory is what the engine's allocator hands out; time is the roofline's: the greater of the products' time at the
 // device's peak and the time that memory needs, op by op.
 
-import { readFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import type { Batch } from '../data/pack.ts';
 import { distillationLoss } from '../distill/distill.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import type { Gemma2Config } from '../models/gemma2.ts';
-import { createModel, modelConfig } from '../models/model.ts';
-import { fromTransformers } from '../models/transformers.ts';
+import { createModel, loadConfig, modelConfig } from '../models/model.ts';
 import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer } from '../tokenizer/tokenizer.ts';
-import { parseRun, type RunConfig, type RunInput } from '../train/config.ts';
+import { overridden, parseRun, type RunConfig, type RunInput } from '../train/config.ts';
 import { gradients } from '../train/loop.ts';
 import { createOptimizer } from '../train/optimizer.ts';
 import { textLoss } from '../train/pretrain.ts';
@@ -42,11 +39,15 @@ export interface PlannedMemory {
   readonly total: number;
 }
 
-/** A change of the run, and what the run takes with it. */
-export interface Advice {
+/** A change of the run. */
+interface Change {
   readonly change: string;
   /** The fields to set. */
   readonly set: Readonly<Record<string, unknown>>;
+}
+
+/** A change, and what the run takes with it. */
+export interface Advice extends Change {
   readonly total: number;
   readonly seconds: number;
   readonly fits: boolean;
@@ -87,17 +88,17 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   const own = await measure(run);
   const room = options.room ?? device.memory * (1 - RESERVE);
   const fits = own.memory.total <= room;
+  const advised = async ({ change, set }: Change): Promise<Advice> => {
+    const { memory: m, seconds } = await measure(overridden(run, set) as RunConfig);
+    return { change, set, total: m.total, seconds, fits: m.total <= room };
+  };
   const advice: Advice[] = [];
   if (!fits) {
     const savers = changes(run, device);
-    const all = savers.length > 1 ? [{ change: 'all of these', set: Object.assign({}, ...savers.map((s) => s.set)) }] : [];
-    for (const { change, set } of [...savers, ...all]) {
-      const { memory: m, seconds } = await measure(withFields(run, set));
-      if (m.total < own.memory.total) advice.push({ change, set, total: m.total, seconds, fits: m.total <= room });
-    }
-    const last = all.length > 0 ? advice.pop() : undefined;
+    for (const saver of savers) advice.push(await advised(saver));
     advice.sort((a, b) => a.total - b.total);
-    if (last !== undefined) advice.push(last);
+    if (savers.length > 1)
+      advice.push(await advised({ change: 'all of these', set: Object.assign({}, ...savers.map((s) => s.set)) }));
   }
   const tokens = run.batch.sequences * run.batch.length * run.batch.accumulate;
   return {
@@ -106,14 +107,13 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
     memory: own.memory,
     fits,
     step: { tokens, seconds: own.seconds, tokensPerSecond: tokens / own.seconds, ops: own.ops },
-    advice,
+    advice: advice.filter(({ total }) => total < own.memory.total),
   };
 }
 
 async function teacherConfig(checkpoint: string, preset: string | undefined): Promise<Gemma2Config> {
   if (preset !== undefined) return modelConfig(preset);
-  const path = join(await resolveCheckpoint(checkpoint), 'config.json');
-  return fromTransformers(JSON.parse(await readFile(path, 'utf8')), path);
+  return loadConfig(await resolveCheckpoint(checkpoint));
 }
 
 async function vocabulary(run: RunConfig): Promise<number> {
@@ -128,8 +128,8 @@ async function vocabulary(run: RunConfig): Promise<number> {
 }
 
 /** Changes that save memory, those that cost least first. */
-function changes(run: RunConfig, device: PlannedDevice): { change: string; set: Record<string, unknown> }[] {
-  const found: { change: string; set: Record<string, unknown> }[] = [];
+function changes(run: RunConfig, device: PlannedDevice): Change[] {
+  const found: Change[] = [];
   const { sequences, accumulate, length } = run.batch;
   if (sequences > 1)
     found.push({
@@ -145,17 +145,6 @@ function changes(run: RunConfig, device: PlannedDevice): { change: string; set: 
     found.push({ change: 'no f32 originals: bf16 weights are rounded by chance', set: { 'optimizer.master': false } });
   if (length > 256) found.push({ change: `sequences of ${length / 2} tokens`, set: { 'batch.length': Math.floor(length / 2) } });
   return found;
-}
-
-function withFields(run: RunConfig, set: Readonly<Record<string, unknown>>): RunConfig {
-  const copy = structuredClone(run) as unknown as Record<string, unknown>;
-  for (const [path, value] of Object.entries(set)) {
-    const keys = path.split('.');
-    const last = keys.pop()!;
-    const at = keys.reduce((o, key) => o[key] as Record<string, unknown>, copy);
-    at[last] = value;
-  }
-  return copy as unknown as RunConfig;
 }
 
 interface Rehearsed {

@@ -118,6 +118,17 @@ export function withDevice<T>(device: Device, f: () => T): T {
   }
 }
 
+/** {@link withDevice} for an `f` that waits; until it is done, whatever else runs makes its tensors there, too. @internal */
+export async function whileOn<T>(device: Device, f: () => T | Promise<T>): Promise<T> {
+  const outer = current;
+  current = device;
+  try {
+    return await f();
+  } finally {
+    current = outer;
+  }
+}
+
 /** A device that need not be here, as plans know it. */
 export interface PlannedDevice {
   /** `cpu` computes in f32, `cuda` in bf16. */
@@ -148,7 +159,6 @@ export async function rehearse<T>(device: PlannedDevice, f: () => T | Promise<T>
   const gpu = device.kind === 'cuda';
   io.set([flops, fastFlops, bandwidth, bytes, threads, gpu ? 1 : 0, architecture, processors]);
   const number = devices.indexOf('plan');
-  const outer = current;
   try {
     core.start(io, number, 0, gpu ? (cudaLibrary() ?? '') : '', 0);
   } catch (error) {
@@ -156,11 +166,9 @@ export async function rehearse<T>(device: PlannedDevice, f: () => T | Promise<T>
   }
   running.add('plan');
   addon = core;
-  current = 'plan';
   try {
-    return await f();
+    return await whileOn('plan', f);
   } finally {
-    current = outer;
     running.delete('plan');
     core.stop(number);
   }

@@ -28,7 +28,8 @@ export interface BackendInfo {
     readonly blas: string;
   };
   readonly cuda: CudaProbe & {
-    readonly available: boolean /** Where the backend's library is; empty without one. */;
+    readonly available: boolean;
+    /** Where the backend's library is; empty without one. */
     readonly path: string;
   };
   /** Bytes of the machine. */

@@ -59,8 +59,8 @@ export interface NativeAddon {
   drop(device: number, graph: number): void;
   /** What a backend library says of this machine, as JSON. */
   probe(library: string): string;
-  /** `isa` and `threads` are those of the running engine, or those it would start with; `cuda` is there while that engine runs. */
-  info(): { compiled: string[]; isa?: string; threads?: number; cuda?: string; blas: string; compiler: string };
+  /** `isa` and `threads` are those of the running engine, or those it would start with. */
+  info(): { compiled: string[]; isa?: string; threads?: number; blas: string; compiler: string };
 }
 
 /** The C library of this process on Linux, such as `glibc 2.36` or `musl`; empty elsewhere. */

@@ -212,7 +212,7 @@ function callBackward(
 
 /** Whether a saved tensor is only needed by the call that is going back now, so that its memory may be written. */
 function isLast(t: Tensor): boolean {
-  return t.uses === 1 && !t.held && !t.shared && t.recipe === undefined && t.device === 'cpu';
+  return t.uses === 1 && !t.held && !t.shared && t.recipe === undefined;
 }
 
 interface Named {

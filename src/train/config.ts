@@ -99,8 +99,7 @@ export async function loadRun(path: string, overrides: Readonly<Record<string, u
       { code: 'ERR_CONFIG_FILE', op: 'loadRun', argument: path, cause: error },
     );
   }
-  for (const [field, value] of Object.entries(overrides)) input = override(input, field, value);
-  return parseRun(input, { base: dirname(file), source: path });
+  return parseRun(overridden(input, overrides), { base: dirname(file), source: path });
 }
 
 /** A copy of `input` with one field, named by its path (`a.b.c`), set to `value`. */
@@ -117,6 +116,11 @@ function override(input: unknown, field: string, value: unknown): unknown {
   const object: Record<string, unknown> =
     typeof input === 'string' ? { preset: input } : { ...(input as Record<string, unknown> | undefined) };
   return { ...object, [head]: rest.length === 0 ? value : override(object[head], rest.join('.'), value) };
+}
+
+/** A copy of `input` with fields, named by their paths, set to other values. */
+export function overridden(input: unknown, fields: Readonly<Record<string, unknown>>): unknown {
+  return Object.entries(fields).reduce((changed, [field, value]) => override(changed, field, value), input);
 }
 
 function parseJson(text: string, path: string): unknown {

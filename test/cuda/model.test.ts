@@ -1,5 +1,5 @@
 // Gemma 2 on a GPU against Gemma 2 on the CPU: the same weights, bf16 against float32; and whole runs.
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -16,6 +16,7 @@ import type { RunInput } from '../../src/train/config.ts';
 import type { StepEvent } from '../../src/train/events.ts';
 import { createOptimizer } from '../../src/train/optimizer.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
+import { writeCorpus } from '../corpus.ts';
 
 const T = 40;
 const config = modelConfig('gemma2-nano', {
@@ -120,10 +121,7 @@ test('a step as a graph takes the same steps', async () => {
 let folder: string;
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'limbeck-cuda-'));
-  const words = ['the', 'people', 'of', 'this', 'country', 'shall', 'keep', 'a', 'Union', 'that', 'is', 'free'];
-  const text = (n: number): string =>
-    Array.from({ length: 120 }, (_, i) => words[(i * i + n * 7 + (i >> 2)) % words.length]).join(' ');
-  await Promise.all(Array.from({ length: 8 }, (_, n) => writeFile(join(folder, `${n}.txt`), text(n))));
+  await writeCorpus(folder, 8, 120);
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
 

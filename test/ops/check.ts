@@ -109,6 +109,22 @@ export function product(x: ArrayLike<number>, y: ArrayLike<number>): number {
   return s;
 }
 
+/** x wᵀ + bias, with w [N K]. */
+export function linearReference(x: Array64, w: Array64, bias?: Array64): Array64 {
+  const [n = 0, k = 0] = w.shape;
+  const lead = x.shape.slice(0, -1);
+  const rows = lead.reduce((a, b) => a * b, 1);
+  const y = array([...lead, n], new Float64Array(rows * n));
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < n; j++) {
+      let s = bias?.data[j] ?? 0;
+      for (let l = 0; l < k; l++) s += x.data[i * k + l]! * w.data[j * k + l]!;
+      y.data[i * n + j] = s;
+    }
+  }
+  return y;
+}
+
 const dtypeOf = (input: Input, compute: Compute): 'f32' | 'bf16' | 'i32' => input.dtype ?? compute;
 
 function draw(input: Input, random: () => number, compute: Compute = 'f32'): Array64 {

@@ -7,22 +7,7 @@ import { ShapeError } from '../../src/tensor/errors.ts';
 import { keep, scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, readAs, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
-import { type Array64, array, checkOp, elementwise, type Input } from './check.ts';
-
-const product = (x: Array64, w: Array64, bias?: Array64): Array64 => {
-  const [n = 0, k = 0] = w.shape;
-  const lead = x.shape.slice(0, -1);
-  const rows = lead.reduce((a, b) => a * b, 1);
-  const y = array([...lead, n], new Float64Array(rows * n));
-  for (let i = 0; i < rows; i++) {
-    for (let j = 0; j < n; j++) {
-      let s = bias?.data[j] ?? 0;
-      for (let l = 0; l < k; l++) s += x.data[i * k + l]! * w.data[j * k + l]!;
-      y.data[i * n + j] = s;
-    }
-  }
-  return y;
-};
+import { checkOp, elementwise, type Input, linearReference } from './check.ts';
 
 // Nothing, one, primes, one token, one past a tile of the product in each direction.
 const sizes = [
@@ -41,21 +26,21 @@ const cases = (dtype: 'bf16' | undefined, rest: (n: number) => Input[] = () => [
 checkOp({
   name: 'linear',
   run: (x, w) => linear(x!, w!),
-  reference: (x, w) => product(x!, w!),
+  reference: (x, w) => linearReference(x!, w!),
   cases: cases(undefined),
   tolerance: 4e-6,
 });
 checkOp({
   name: 'linear, bias',
   run: (x, w, bias) => linear(x!, w!, bias),
-  reference: product,
+  reference: linearReference,
   cases: cases(undefined, (n) => [{ shape: [n], weight: true }]),
   tolerance: 4e-6,
 });
 checkOp({
   name: 'linear, bf16 weights',
   run: (x, w) => linear(x!, w!),
-  reference: (x, w) => product(x!, w!),
+  reference: (x, w) => linearReference(x!, w!),
   cases: cases('bf16'),
   tolerance: 4e-6,
 });
@@ -69,7 +54,7 @@ for (const [activation, f] of [
   checkOp({
     name: `gated_linear, ${activation}`,
     run: (gate, up, w) => gatedLinear(gate!, up!, w!, { activation }),
-    reference: (gate, up, w) => product(elementwise((g, u) => f(g) * u)(gate!, up!), w!),
+    reference: (gate, up, w) => linearReference(elementwise((g, u) => f(g) * u)(gate!, up!), w!),
     cases: sizes.map(({ lead, k, n }, i) => [
       { shape: [...lead, k] },
       { shape: [...lead, k] },

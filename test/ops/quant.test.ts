@@ -4,7 +4,7 @@ import { LimbeckError, ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
-import { type Array64, array, checkOp, type Input, randomNumbers } from './check.ts';
+import { type Array64, array, checkOp, type Input, linearReference, randomNumbers } from './check.ts';
 
 /** The value of an e4m3 code, from the definition of the format. */
 function numberOf(code: number): number {
@@ -76,17 +76,8 @@ checkOp({
   name: 'linear_fp8',
   run: (x, w, bias) => scope(() => linearFp8(x!, quantizeFp8(w!), bias)),
   reference: (x, w, bias) => {
-    const [n = 0, k = 0] = w!.shape;
-    const [a, b] = [quantized(x!).values, quantized(w!).values];
-    const lead = x!.shape.slice(0, -1);
-    const rows = lead.reduce((p, q) => p * q, 1);
-    const y = new Float64Array(rows * n);
-    for (let i = 0; i < rows; i++)
-      for (let j = 0; j < n; j++) {
-        y[i * n + j] = bias?.data[j] ?? 0;
-        for (let l = 0; l < k; l++) y[i * n + j]! += a[i * k + l]! * b[j * k + l]!;
-      }
-    return array([...lead, n], y);
+    const rounded = (a: Array64): Array64 => array(a.shape, quantized(a).values);
+    return linearReference(rounded(x!), rounded(w!), bias);
   },
   cases: sizes.map(({ lead, k, n }, i): Input[] => [
     { shape: [...lead, k] },

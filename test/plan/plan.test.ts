@@ -1,5 +1,5 @@
 // The plan against what runs really take, and what it says of runs that no machine here could hold.
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -13,14 +13,12 @@ import { ConfigError, OutOfMemoryError } from '../../src/tensor/errors.ts';
 import { parseRun, type RunInput } from '../../src/train/config.ts';
 import type { TrainEvent } from '../../src/train/events.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
+import { writeCorpus } from '../corpus.ts';
 
 let folder: string;
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'limbeck-plan-'));
-  const words = ['the', 'people', 'of', 'this', 'country', 'shall', 'keep', 'a', 'Union', 'that', 'is', 'free'];
-  const text = (n: number): string =>
-    Array.from({ length: 400 }, (_, i) => words[(i * i + n * 7 + (i >> 2)) % words.length]).join(' ');
-  await Promise.all(Array.from({ length: 16 }, (_, n) => writeFile(join(folder, `${n}.txt`), text(n))));
+  await writeCorpus(folder, 16, 400);
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
 

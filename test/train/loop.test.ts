@@ -14,6 +14,7 @@ import { empty } from '../../src/tensor/tensor.ts';
 import type { RunInput } from '../../src/train/config.ts';
 import type { EvaluateEvent, StepEvent, TrainEvent } from '../../src/train/events.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
+import { writeCorpus } from '../corpus.ts';
 
 let folder: string;
 const small = {
@@ -29,10 +30,7 @@ const small = {
 
 beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'limbeck-loop-'));
-  const words = ['the', 'people', 'of', 'this', 'country', 'shall', 'keep', 'a', 'Union', 'that', 'is', 'free'];
-  const text = (n: number): string =>
-    Array.from({ length: 160 }, (_, i) => words[(i * i + n * 7 + (i >> 2)) % words.length]).join(' ');
-  await Promise.all(Array.from({ length: 16 }, (_, n) => writeFile(join(folder, `${n}.txt`), text(n))));
+  await writeCorpus(folder, 16, 160);
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
 

@@ -2,14 +2,12 @@
 // a GPU would not forgive, and slow.
 #include "core/backend.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "core/pages.h"
 #include "cuda/blas.h"
 #include "cuda/device.h"
 #include "cuda/emulate/schedule.h"
@@ -18,24 +16,6 @@
 namespace limbeck::cuda {
 
 namespace {
-
-class EmulatedRange final : public Range {
- public:
-  explicit EmulatedRange(size_t bytes) : size_(std::max(bytes, size_t{1} << 21)) {
-    void* p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    base_ = static_cast<char*>(p);
-  }
-  ~EmulatedRange() override { munmap(base_, size_); }
-  char* base() const override { return base_; }
-  size_t size() const override { return size_; }
-  bool commit(size_t) override { return true; }
-  void give_back(const std::vector<std::pair<void*, size_t>>&) override {}
-
- private:
-  char* base_;
-  size_t size_;
-};
 
 class Emulated final : public Backend {
  public:
@@ -61,7 +41,7 @@ class Emulated final : public Backend {
   bool computes_bf16() const override { return true; }
   std::vector<const KernelFamily*> families() const override { return cuda::families(); }
   size_t default_limit() const override { return device_.memory; }
-  std::unique_ptr<Range> reserve(size_t bytes) override { return std::make_unique<EmulatedRange>(bytes); }
+  std::unique_ptr<Range> reserve(size_t bytes) override { return reserve_pages(bytes); }
   bool writes_at_once() const override { return false; }
   void prepare(Call& call) override { call.device = &device_; }
   void run(const Kernel& kernel, const Call& call) override { kernel.run(call); }
@@ -101,7 +81,7 @@ std::string probe() {
 }  // namespace limbeck::cuda
 
 extern "C" __attribute__((visibility("default"))) const limbeck::BackendLibrary* limbeck_backend() {
-  static const limbeck::BackendLibrary library = {limbeck::kBackendAbi, sizeof(limbeck::Call), sizeof(limbeck::View), "emulation",
+  static const limbeck::BackendLibrary library = {limbeck::kBackendAbi, sizeof(limbeck::Call), sizeof(limbeck::View),
                                                   limbeck::cuda::open, limbeck::cuda::probe, limbeck::cuda::families, limbeck::cuda::imagine};
   return &library;
 }
