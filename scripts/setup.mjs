@@ -1,5 +1,5 @@
 // Makes a checkout ready: packages, native core, JavaScript. Each part is skipped when it is up to date.
-//   node scripts/setup.mjs [--tests]     --tests also builds the C++ tests and the emulated CUDA backend
+//   node scripts/setup.mjs [--tests]     --tests also builds the C++ tests and the emulated CUDA backend, and installs test/peers
 import { spawnSync } from 'node:child_process';
 import { existsSync, lstatSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
@@ -25,29 +25,29 @@ function checkNode() {
   if (major < 20 || (major === 20 && minor < 19)) fail(`Node ${process.versions.node} is too old; install Node 20.19 or newer`);
 }
 
-/** The packages that the lock file asks for and node_modules lacks or has in another version. */
-function missingPackages() {
-  const installed = path.join(root, 'node_modules', '.package-lock.json');
+/** The packages that the lock file of a folder asks for and its node_modules lacks or has in another version. */
+function missingPackages(where) {
+  const installed = path.join(where, 'node_modules', '.package-lock.json');
   if (!existsSync(installed)) return ['all of them'];
-  const wanted = JSON.parse(readFileSync(path.join(root, 'package-lock.json'), 'utf8')).packages;
+  const wanted = JSON.parse(readFileSync(path.join(where, 'package-lock.json'), 'utf8')).packages;
   const found = JSON.parse(readFileSync(installed, 'utf8')).packages;
   return Object.keys(wanted).filter((name) => {
     // Optional packages of other platforms are never installed.
     if (name === '' || wanted[name].optional || wanted[name].devOptional) return false;
-    return found[name]?.version !== wanted[name].version || !existsSync(path.join(root, name));
+    return found[name]?.version !== wanted[name].version || !existsSync(path.join(where, name));
   });
 }
 
-function installPackages() {
-  const missing = missingPackages();
+function installPackages(where, ...options) {
+  const missing = missingPackages(where);
   if (missing.length === 0) return;
-  const folder = path.join(root, 'node_modules');
+  const folder = path.join(where, 'node_modules');
   if (lstatSync(folder, { throwIfNoEntry: false })?.isSymbolicLink()) {
-    console.error(`limbeck: node_modules is a link and lacks ${missing.slice(0, 3).join(', ')}; run npm ci where it points to`);
+    console.error(`limbeck: ${folder} is a link and lacks ${missing.slice(0, 3).join(', ')}; run npm ci where it points to`);
     return;
   }
-  console.error('limbeck: installing packages (npm ci)');
-  run('npm', ['ci', '--include=dev', '--no-audit', '--no-fund', '--loglevel=error'], 'npm');
+  console.error(`limbeck: installing packages of ${path.relative(root, folder)} (npm ci)`);
+  run('npm', ['ci', '--include=dev', '--no-audit', '--no-fund', '--loglevel=error', `--prefix=${where}`, ...options], 'npm');
 }
 
 function sources(folder) {
@@ -75,7 +75,8 @@ function buildTypeScript() {
 }
 
 checkNode();
-installPackages();
+installPackages(root);
 const tests = process.argv.includes('--tests');
+if (tests) installPackages(path.join(root, 'test', 'peers'), '--ignore-scripts');
 run(process.execPath, [path.join(root, 'scripts', 'build-native.mjs'), ...(tests ? ['--tests'] : [])], 'the native build');
 buildTypeScript();
