@@ -8,12 +8,23 @@ import { type Command, command, exitCode, reportError, UsageError, usage } from 
 import { distill } from './distill.ts';
 import { doctor } from './doctor.ts';
 import { evaluate } from './evaluate.ts';
+import { exportCommand } from './export.ts';
 import { generate } from './generate.ts';
 import { plan } from './plan.ts';
 import { pretrain } from './pretrain.ts';
 import { report } from './report.ts';
 
-const commands: Readonly<Record<string, Command>> = { pretrain, distill, evaluate, generate, plan, report, doctor, bench };
+const commands: Readonly<Record<string, Command>> = {
+  pretrain,
+  distill,
+  evaluate,
+  generate,
+  export: exportCommand,
+  plan,
+  report,
+  doctor,
+  bench,
+};
 
 const root = command({
   meta: { name: 'limbeck', version: packageVersion(), description: 'Pretrain and distil language models.' },

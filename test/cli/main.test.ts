@@ -26,7 +26,7 @@ describe('help teaches', () => {
   test('the commands', async () => {
     const { code, out } = await limbeckHere(['--help']);
     expect(code).toBe(0);
-    for (const name of ['pretrain', 'distill', 'evaluate', 'generate', 'report', 'doctor', 'bench'])
+    for (const name of ['pretrain', 'distill', 'evaluate', 'generate', 'export', 'report', 'doctor', 'bench'])
       expect(out).toContain(`  ${name} `);
     expect(out).toContain('Examples\n  # can this machine train?\n  limbeck doctor');
   });
@@ -55,6 +55,9 @@ describe('a wrong command line exits with 2 and says why', () => {
     [['pretrain', 'a.json', '--set', 'seed'], '--set seed: write field=value'],
     [['generate'], 'CHECKPOINT'],
     [['generate', 'x', '--prompt', 'a', '--tokens', 'many'], '--tokens is "many"; it must be a whole number of at least 1'],
+    [['export', 'x'], 'Give --to: '],
+    [['export', 'x', '--to', 'pickle'], '--to is "pickle"; there are '],
+    [['export', 'x', '--to', 'safetensors', '--type', 'q1'], '--type is "q1"; safetensors has f32'],
     [['evaluate', 'x'], 'Give one of --text, --jsonl and --tokens'],
   ])('%j', async (args, text) => {
     const { code, out, err } = await limbeckHere(args);

@@ -1,0 +1,126 @@
+// limbeck export CHECKPOINT --to FORMAT: the files that other programs read
+
+import { basename, resolve } from 'node:path';
+import type { LoadedModel } from '../models/model.ts';
+import { bytes } from '../train/format.ts';
+import { command, commonArguments, Exit, exitCode, UsageError } from './command.ts';
+import { interruptible } from './interrupt.ts';
+
+/** What an exporter is told beside the model. */
+export interface ExportSettings {
+  /** One of the exporter's `types`. */
+  readonly type: string;
+  readonly signal: AbortSignal;
+  readonly onProgress: (progress: { readonly done: number; readonly total: number }) => void;
+}
+
+/** One way out: what `--to` names. */
+export interface Exporter {
+  /** Who reads it, for the help. */
+  readonly description: string;
+  /** Values of `--type`, the default first. */
+  readonly types: readonly string[];
+  /** Of the default name of the output: an ending for a file, or what a folder is called. */
+  readonly suffix: string;
+  /** Writes the model to `out`; returns what the user should know about it. */
+  write(out: string, loaded: LoadedModel, settings: ExportSettings): Promise<readonly string[]>;
+}
+
+// Each loads its code when it is wanted.
+const exporters: Readonly<Record<string, Exporter>> = {
+  safetensors: {
+    description: 'a folder for Transformers and vLLM',
+    types: ['f32'],
+    suffix: '-safetensors',
+    async write(out, { model, tokenizer }) {
+      const { saveModel } = await import('../models/model.ts');
+      await saveModel(out, model, tokenizer);
+      return [];
+    },
+  },
+};
+
+const formats = Object.entries(exporters);
+
+export const exportCommand = command({
+  meta: { name: 'export', description: 'Write a checkpoint in the format of another program.' },
+  args: {
+    checkpoint: {
+      type: 'positional',
+      required: true,
+      description: 'Checkpoint folder, or the output folder of a run.',
+      valueHint: 'folder',
+    },
+    to: {
+      type: 'string',
+      description: `${formats.map(([name, { description }]) => `${name} (${description})`).join(', ')}.`,
+      valueHint: 'format',
+    },
+    type: {
+      type: 'string',
+      description: `Of the weights. ${formats.map(([name, { types }]) => `${name}: ${types.join(', ')}`).join('; ')}. Default: the first.`,
+      valueHint: 'type',
+    },
+    out: { type: 'string', alias: 'o', description: 'Where to write. Default: named after the checkpoint.', valueHint: 'path' },
+    ...commonArguments,
+  },
+  examples: `
+limbeck export runs/student --to safetensors --out student
+`.trim(),
+  async run({ args }) {
+    const names = formats.map(([name]) => name).join(', ');
+    if (args.to === undefined) throw new UsageError(`export to what? Give --to: ${names}`);
+    const exporter = Object.hasOwn(exporters, args.to) ? exporters[args.to] : undefined;
+    if (exporter === undefined) throw new UsageError(`--to is "${args.to}"; there are ${names}`);
+    const type = args.type ?? exporter.types[0]!;
+    if (!exporter.types.includes(type)) {
+      throw new UsageError(`--type is "${type}"; ${args.to} has ${exporter.types.join(', ')}`);
+    }
+    const out = args.out ?? `${basename(resolve(args.checkpoint))}${exporter.suffix}`;
+    const { resolveCheckpoint } = await import('../models/folder.ts');
+    const { loadModel } = await import('../models/model.ts');
+    const started = performance.now();
+    const progress = progressLine();
+    const notes = await interruptible(
+      async (signal) => {
+        const loaded = await loadModel(await resolveCheckpoint(args.checkpoint));
+        try {
+          return await exporter.write(out, loaded, { type, signal, onProgress: progress.show });
+        } catch (error) {
+          if (error === signal.reason) throw new Exit(exitCode.interrupted);
+          throw error;
+        } finally {
+          progress.clear();
+          loaded.model.dispose();
+        }
+      },
+      (signal) => process.stderr.write(`${signal}: stopping\n`),
+    );
+    const seconds = (performance.now() - started) / 1000;
+    if (args.json) {
+      process.stdout.write(`${JSON.stringify({ type: 'export', format: args.to, weights: type, out, notes, seconds })}\n`);
+      return;
+    }
+    for (const note of notes) process.stderr.write(`note: ${note}\n`);
+    process.stdout.write(`${out}\n`);
+  },
+});
+
+/** On a terminal, a line that redraws itself. */
+function progressLine() {
+  const live = process.stderr.isTTY === true && process.env.TERM !== 'dumb';
+  let shown = '';
+  const draw = (text: string): void => {
+    if (text === shown) return;
+    process.stderr.write(`\r${text}\x1b[K`);
+    shown = text;
+  };
+  return {
+    show({ done, total }: { readonly done: number; readonly total: number }): void {
+      if (live) draw(`${Math.floor((100 * done) / Math.max(total, 1))} % of ${bytes(total)}`);
+    },
+    clear(): void {
+      if (shown !== '') draw('');
+    },
+  };
+}
