@@ -122,6 +122,17 @@ export { keep, scope } from './tensor/scope.ts';
 export { noGrad, recompute, valueAndGrad, zeroGrad } from './tensor/tape.ts';
 export { empty, parameter, readAs, Tensor, tensor, toDevice, write, zeros } from './tensor/tensor.ts';
 export {
+  type ChatTemplate,
+  chatTemplate,
+  type EncodedChat,
+  encodeChat,
+  loadChatTemplate,
+  type Message,
+  type RenderedChat,
+  type RenderOptions,
+} from './tokenizer/chat.ts';
+export { type ChatStyle, chatStyles } from './tokenizer/styles.ts';
+export {
   type EncodeOptions,
   loadTokenizer,
   type TokenDecoder,
