@@ -19,7 +19,7 @@ export { distill } from './distill/distill.ts';
 export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
 // Files
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
-export { createCache, type KeyValueCache } from './models/cache.ts';
+export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
 export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
 export {
   type ForwardOptions,
@@ -58,7 +58,7 @@ export {
 } from './nn/parameters.ts';
 // Ops
 export { geglu, gelu, silu, swiglu } from './ops/activation.ts';
-export { type AttentionOptions, attention } from './ops/attention.ts';
+export { type AttentionOptions, type AttentionStepOptions, attention, attentionStep } from './ops/attention.ts';
 export type { Divergence } from './ops/divergence.ts';
 export { add, add_, cast, copy, copy_, fill_, mul, scale, softcap, sub } from './ops/elementwise.ts';
 export { type EmbeddingOptions, embedding } from './ops/embedding.ts';

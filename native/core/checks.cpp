@@ -41,6 +41,26 @@ void check_attention(const Call& call, int first, bool square) {
            text("q and k of the same length"), t);
 }
 
+void check_attention_step(const Call& call) {
+  const View &q = call.in[0], &keys = call.in[3], &rows = call.in[5], &positions = call.in[6];
+  const int64_t b = q.dims[0], h = q.dims[2], d = q.dims[3], n = keys.dims[0], r = keys.dims[1], g = keys.dims[2];
+  if (g < 1 || h < 1 || h % g != 0 || d < 1)
+    fail(ErrorKind::shape, "ERR_ATTENTION_HEADS", call.op, "q",
+         text("q has %lld heads of size %lld, which cannot share the %lld heads of keys evenly", Long{h}, Long{d}, Long{g}),
+         text("a multiple of %lld heads", Long{g}), text("%lld", Long{h}));
+  if (r < 1)
+    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "keys", text("keys has room for no tokens"), text("1 or more"), text("0"));
+  for (int64_t i = 0; i < b; ++i) {
+    const Long row = rows.as<const int32_t>()[i], position = positions.as<const int32_t>()[i];
+    if (row < 0 || row >= n)
+      fail(ErrorKind::data, "ERR_CACHE_ROW", call.op, "rows", text("rows is %lld at %lld, the cache has %lld sequences", row, Long{i}, Long{n}),
+           text("0 to %lld", Long{n - 1}), text("%lld", row));
+    if (position < 0)
+      fail(ErrorKind::data, "ERR_CACHE_POSITION", call.op, "positions", text("positions is %lld at %lld", position, Long{i}), text("0 or more"),
+           text("%lld", position));
+  }
+}
+
 void check_distill(const Call& call) {
   const View &targets = call.in[2], &tx = call.in[4], &tw = call.in[5], &tlogits = call.in[6], &tids = call.in[7], &tlogp = call.in[8];
   const int divergence = static_cast<int>(call.scalar[0]), tail = static_cast<int>(call.scalar[8]);

@@ -16,6 +16,8 @@ enum Tail { bucket, renormalize, truncate, tail_count };
 
 // q, k, v, starts stand at in[first..]; scalars are scale, cap, window. `square`: as many keys as queries.
 void check_attention(const Call& call, int first, bool square);
+// Of attention_step; its data too, which the host can see.
+void check_attention_step(const Call& call);
 void check_distill(const Call& call);
 // One entry of `blocks` for each `size` of the parameters in in[0].
 void check_blocks(const Call& call, const View& blocks, const char* argument, int64_t size);

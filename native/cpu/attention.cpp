@@ -549,7 +549,7 @@ struct Decode {
   explicit Decode(const Problem& p) {
     first = p.window > 0 ? most(0, p.s - p.window) : 0;
     parts = ceil_div(p.s - first, kDecodeKeys);
-    record = ceil_div(p.d, W) * W + W;
+    record = ceil_div(p.d, W) * W + W;  // sum, reference, ..., output
   }
   size_t bytes(const Problem& p) const { return static_cast<size_t>(p.b * p.h * parts * record * 4); }
 };
@@ -573,11 +573,10 @@ LIMBECK_INLINE void add_values(int64_t d, int64_t step, const float* v, const fl
 
 // Dot product and sum of N query heads at once share the loads of K and V.
 template <int N>
-void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, int64_t head, int64_t first, float* scores, float* record,
-                 int64_t record_step) {
-  const float* q = p.q + (batch * p.h + head * p.group + first) * p.d;
+void decode_part(const Problem& p, int64_t key_at, int64_t count, int64_t q_head, float* scores, float* record, int64_t record_step) {
+  const float* q = p.q + q_head * p.d;
   const int64_t step = p.g * p.d, whole = p.d / W * W;
-  const float* k = p.k + p.key_offset(batch * p.g + head, key0);
+  const float* k = p.k + key_at;
   for (int64_t key = 0; key < count; ++key, k += step) {
     Vec acc[N] = {};
     for (int64_t j = 0; j < whole; j += W)
@@ -610,38 +609,50 @@ void decode_part(const Problem& p, int64_t key0, int64_t count, int64_t batch, i
   }
   // Rows of V are read once, four at a time; the sums stay in L1.
   for (int n = 0; n < N; ++n) std::memset(record + n * record_step + W, 0, static_cast<size_t>(ceil_div(p.d, W) * W) * 4);
-  const float* v = p.v + p.key_offset(batch * p.g + head, key0);
+  const float* v = p.v + key_at;
   int64_t key = 0;
   for (; key + 4 <= count; key += 4, v += 4 * step) add_values<N, 4>(p.d, step, v, scores + key, record + W, record_step);
   for (; key < count; ++key, v += step) add_values<N, 1>(p.d, step, v, scores + key, record + W, record_step);
 }
 
-void decode(const Call& call, const Problem& p) {
+// The keys that a query sees: those before `end` of one sequence of k and v.
+struct Seen {
+  int64_t sequence, end;
+};
+
+// seen(batch) tells which; prepare(batch, head, key0, end) runs before keys from key0 are read, at least once for each of them.
+template <class Look, class Prepare>
+void decode(const Call& call, const Problem& p, Look seen, Prepare prepare) {
   const Decode x(p);
   float* records = static_cast<float*>(call.workspace);
   const int64_t step = x.parts * x.record;  // from one query head to the next
   call.threads->parallel(p.b * p.g * x.parts, [&](int64_t i, int thread) {
     const int64_t batch = i / x.parts / p.g, head = i % p.g, part = i / p.g % x.parts;  // heads of the same keys are neighbours
-    const int64_t key0 = x.first + part * kDecodeKeys, count = least(kDecodeKeys, p.s - key0);
+    const Seen keys = seen(batch);
+    const int64_t key0 = x.first + part * kDecodeKeys, count = least(kDecodeKeys, keys.end - key0);
+    if (count <= 0) return;
+    prepare(batch, head, key0, key0 + count);
+    const int64_t at = p.key_offset(keys.sequence * p.g + head, key0);
     float* scores = static_cast<float*>(call.threads->scratch(thread, 4 * kDecodeKeys * sizeof(float)));
     for (int64_t n = 0; n < p.group;) {
-      float* record = records + (batch * p.h + head * p.group + n) * step + part * x.record;
-      const int64_t left = p.group - n;
+      const int64_t q_head = batch * p.h + head * p.group + n, left = p.group - n;
+      float* record = records + q_head * step + part * x.record;
       if (left >= 4)
-        decode_part<4>(p, key0, count, batch, head, n, scores, record, step), n += 4;
+        decode_part<4>(p, at, count, q_head, scores, record, step), n += 4;
       else if (left >= 2)
-        decode_part<2>(p, key0, count, batch, head, n, scores, record, step), n += 2;
+        decode_part<2>(p, at, count, q_head, scores, record, step), n += 2;
       else
-        decode_part<1>(p, key0, count, batch, head, n, scores, record, step), n += 1;
+        decode_part<1>(p, at, count, q_head, scores, record, step), n += 1;
     }
   });
   float* y = call.out[0].as<float>();
   float* lse = call.out[1].as<float>();
   for (int64_t i = 0; i < p.b * p.h; ++i) {
     const float* record = records + i * step;
+    const int64_t parts = ceil_div(seen(i / p.h).end - x.first, kDecodeKeys);
     float m = record[1], total = 0;
-    for (int64_t part = 1; part < x.parts; ++part) m = record[part * x.record + 1] > m ? record[part * x.record + 1] : m;
-    for (int64_t part = 0; part < x.parts; ++part) {
+    for (int64_t part = 1; part < parts; ++part) m = record[part * x.record + 1] > m ? record[part * x.record + 1] : m;
+    for (int64_t part = 0; part < parts; ++part) {
       const float down = exp2_down(splat(record[part * x.record + 1] - m))[0];
       total += record[part * x.record] * down;
       if (y)
@@ -664,7 +675,7 @@ void attention(const Call& call) {
   const Problem p = problem_of(call, 0);
   check(call, p, 0, false);
   if (p.b == 0 || p.rows == 0) return;
-  if (p.t == 1 && p.starts == nullptr) return decode(call, p);
+  if (p.t == 1 && p.starts == nullptr) return decode(call, p, [&](int64_t batch) { return Seen{batch, p.s}; }, [](auto...) {});
   char* memory = static_cast<char*>(call.workspace);
   const int64_t step = static_cast<int64_t>(Packed::bytes(p, KF));
   if (p.whole_pairs()) {
@@ -691,6 +702,50 @@ size_t attention_workspace(const Call& call) {
   const Problem p = problem_of(call, 0);
   if (p.t == 1 && p.starts == nullptr) return Decode(p).bytes(p);
   return Packed::bytes(p, KF) * static_cast<size_t>(p.whole_pairs() ? call.threads->size() : p.b * p.g);
+}
+
+// attention_step's keys are a cache [n r g d], a ring of r places for each of n sequences.
+Problem step_problem(const Call& call) {
+  const View &q = call.in[0], &keys = call.in[3];
+  Problem p{};
+  p.q = q.as<const float>();
+  p.k = keys.as<const float>();
+  p.v = call.in[4].as<const float>();
+  p.b = q.dims[0], p.t = 1, p.h = q.dims[2], p.d = q.dims[3];
+  p.s = keys.dims[1], p.g = keys.dims[2];
+  p.group = p.g > 0 ? p.h / p.g : 0;
+  p.rows = p.group;
+  p.scale = static_cast<float>(call.scalar[0]);
+  p.cap = static_cast<float>(call.scalar[1]);
+  p.capped = call.scalar[1] > 0;
+  return p;
+}
+
+size_t attention_step_workspace(const Call& call) {
+  const Problem p = step_problem(call);
+  return Decode(p).bytes(p);
+}
+
+// attention_step(q[b 1 h d], k[b 1 g d], v[b 1 g d], keys[n r g d]&, values[n r g d]&, rows[b]:i32, positions[b 1]:i32, scale, cap)
+//   -> y[b 1 h d]
+// One more token of some sequences. Key and value of row i go to place positions[i] % r of sequence rows[i], then its query sees the
+// positions[i] + 1 places that were written so far, at most all r. No sequence may be named twice.
+void attention_step(const Call& call) {
+  const Problem p = step_problem(call);
+  check_attention_step(call);
+  if (p.b == 0 || p.rows == 0 || !call.out[0]) return;
+  const float *k = call.in[1].as<const float>(), *v = call.in[2].as<const float>();
+  float *keys = call.in[3].as<float>(), *values = call.in[4].as<float>();
+  const int32_t *rows = call.in[5].as<const int32_t>(), *positions = call.in[6].as<const int32_t>();
+  decode(
+      call, p, [&](int64_t batch) { return Seen{rows[batch], least(int64_t{positions[batch]} + 1, p.s)}; },
+      [&](int64_t batch, int64_t head, int64_t key0, int64_t end) {
+        const int64_t place = positions[batch] % p.s;
+        if (place < key0 || place >= end) return;
+        const int64_t from = (batch * p.g + head) * p.d, to = p.key_offset(rows[batch] * p.g + head, place);
+        std::memcpy(keys + to, k + from, static_cast<size_t>(p.d) * 4);
+        std::memcpy(values + to, v + from, static_cast<size_t>(p.d) * 4);
+      });
 }
 
 // The backward pass splits the rows of a pair into parts, by shape alone, of about equal work. Each part adds up dK and dV of the
@@ -911,5 +966,5 @@ size_t attention_backward_workspace(const Call& call) {
 }  // namespace
 }  // namespace limbeck::cpu::LIMBECK_ISA
 
-LIMBECK_KERNELS(attention, {"attention", attention, attention_workspace},
+LIMBECK_KERNELS(attention, {"attention", attention, attention_workspace}, {"attention_step", attention_step, attention_step_workspace},
                 {"attention_backward", attention_backward, attention_backward_workspace})

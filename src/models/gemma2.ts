@@ -1,7 +1,6 @@
 // Gemma 2 (arXiv:2408.00118): a config, its parameters, one function.
 //   B batch, T tokens, C width, H query heads, G key/value heads, D head size, F hidden width, V vocabulary
 import { matrix, type Tensors, vector, weight } from '../nn/parameters.ts';
-import { attention } from '../ops/attention.ts';
 import { embedding } from '../ops/embedding.ts';
 import { gatedLinear, linear } from '../ops/linear.ts';
 import { rmsNorm, rmsNormAdd } from '../ops/norm.ts';
@@ -11,7 +10,7 @@ import { ConfigError } from '../tensor/errors.ts';
 import { scope } from '../tensor/scope.ts';
 import { recompute } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
-import { extend, type KeyValueCache } from './cache.ts';
+import { attend, type CacheRows } from './cache.ts';
 
 export interface Gemma2Config {
   /** Rows of the embedding table, which is the output head too. */
@@ -215,8 +214,8 @@ export interface ModelInput {
   readonly positions: Tensor;
   /** Index in the row of the first token of each token's document [B T], i32; absent: each row is one document. */
   readonly starts?: Tensor | undefined;
-  /** Keys and values of the tokens before, for generation. */
-  readonly cache?: KeyValueCache | undefined;
+  /** Keys and values of the tokens before, for generation: {@link cacheRows}. */
+  readonly cache?: CacheRows | undefined;
 }
 
 export interface ForwardOptions {
@@ -262,12 +261,10 @@ function gemma2Layer(p: LayerParameters, c: Gemma2Config, index: number, x: Tens
   const h = rmsNorm(x, a.norm, norm);
   const q = rope(heads(linear(h, a.query), c.heads), table);
   const now = { key: rope(heads(linear(h, a.key), c.kvHeads), table), value: heads(linear(h, a.value), c.kvHeads) };
-  const { key, value } = input.cache === undefined ? now : extend(input.cache, index, now);
-  const mixed = attention(q, key, value, {
+  const mixed = attend(input, index, q, now, {
     scale: c.queryScalar ** -0.5,
     cap: c.attentionCap,
     window: index % 2 === 0 ? c.window : null,
-    starts: input.starts,
   });
   const y = rmsNormAdd(linear(reshape(mixed, [b, t, -1]), a.output), a.postNorm, x, { ...norm, cheap: true });
 

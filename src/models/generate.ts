@@ -9,7 +9,7 @@ import { scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
 import { readAs, type Tensor, tensor } from '../tensor/tensor.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
-import { createCache, type KeyValueCache } from './cache.ts';
+import { cacheRows, createCache, type KeyValueCache } from './cache.ts';
 import { resolveCheckpoint } from './folder.ts';
 import { type LanguageModel, loadModel } from './model.ts';
 
@@ -43,7 +43,7 @@ export async function* generateText(
   check('topK', topK, Number.isInteger(topK) && topK >= 1, 'a whole number from 1');
   check('topP', topP, topP > 0 && topP <= 1, 'above 0, at most 1');
   checkSeed(seed);
-  const { layers, kvHeads, headSize, context } = model.config;
+  const { context } = model.config;
   const ids = tokenizer.encode(prompt, { bos: tokenizer.bos !== undefined });
   if (ids.length === 0) {
     throw new DataError('generate: the prompt is empty and the tokenizer has no begin token; give some text', {
@@ -62,7 +62,7 @@ export async function* generateText(
     });
   }
   const end = Math.min(context, ids.length + tokens);
-  const cache = createCache(layers, end, kvHeads, headSize);
+  const cache = createCache(1, end);
   const decoder = tokenizer.decoder({ skipSpecial: true });
   try {
     let next: ArrayLike<number> = ids;
@@ -91,17 +91,17 @@ async function nextScores(model: LanguageModel, cache: KeyValueCache, ids: Array
       const input = {
         ids: tensor(Int32Array.from(ids), [1, t]),
         positions: tensor(
-          Int32Array.from({ length: t }, (_, i) => cache.length + i),
+          Int32Array.from({ length: t }, (_, i) => cache.lengths[0]! + i),
           [1, t],
         ),
-        cache,
+        cache: cacheRows(cache, [0], t),
       };
       const last = rows(reshape(model.hidden(input), [t, width]), t - 1, t);
       const z = linear(last, model.head);
       return finalCap === null ? z : softcap(z, finalCap);
     }),
   );
-  cache.length += ids.length;
+  cache.lengths[0]! += ids.length;
   try {
     return await readAs(logits, 'f32');
   } finally {

@@ -10,6 +10,12 @@ const attentionOp = op({
     'attention_backward(dy[b t h d], q[b t h d], k[b t g d], v[b t g d], starts[b t]:i32?, y[b t h d], lse[b h t]:f32, scale, cap, window) -> dq[b t h d]+, dk[b t g d]+, dv[b t g d]+',
 });
 
+const stepOp = op({
+  forward:
+    'attention_step(q[b 1 h d], k[b 1 g d], v[b 1 g d], keys[n r g d]&, values[n r g d]&, rows[b]:i32, positions[b 1]:i32, scale, cap) -> ' +
+    'y[b 1 h d]',
+});
+
 export interface AttentionOptions {
   /** Factor of the scores q·k. Default D^-1/2. */
   readonly scale?: number;
@@ -37,11 +43,10 @@ export interface AttentionOptions {
  * result is read, for a start after its token, below 0, or before the start of the token before it.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
-  const { cap = null, window = null, starts } = options;
+  const { window = null, starts } = options;
   const [, t = 0, h = 0, d = 1] = q.shape;
   const [, s = 0, g = 0] = k.shape;
-  const scale = options.scale ?? d ** -0.5;
-  option('scale', scale, Number.isFinite(scale), 'a finite number');
+  const [scale, cap] = scoresOf(d, options);
   if (window !== null)
     option(
       'window',
@@ -49,7 +54,6 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
       Number.isInteger(window) && window >= 1,
       'a whole number from 1 (keys that are seen, the token itself included), or null for no window',
     );
-  if (cap !== null) option('cap', cap, cap > 0 && Number.isFinite(cap), 'a positive number, or null for no cap');
   if (q.shape.length === 4 && k.shape.length === 4) {
     if (g === 0 ? h !== 0 : h % g !== 0) {
       misfit('k', `${h} query heads cannot share ${g} key/value heads`, `a divisor of ${h} heads`, `${g} heads`);
@@ -69,7 +73,43 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
         `${s} keys`,
       );
   }
-  return attentionOp(q, k, v, starts, scale, cap ?? 0, window ?? 0, { outputs: [true, isRecording()] })[0]!;
+  return attentionOp(q, k, v, starts, scale, cap, window ?? 0, { outputs: [true, isRecording()] })[0]!;
+}
+
+/** A cache of keys or values and where to put the next: see {@link attentionStep}. */
+export interface AttentionStepOptions extends Pick<AttentionOptions, 'scale' | 'cap'> {
+  /** The sequence that each row continues [B], i32; none may be named twice. */
+  readonly rows: Tensor;
+  /** Tokens that each sequence had before [B 1], i32. */
+  readonly positions: Tensor;
+}
+
+/**
+ * Attention of one more token of some sequences, with their keys and values in a ring of R places: the new ones go to place
+ * position mod R, then the query sees what was written so far, at most R tokens. Nothing but tensors tells lengths apart, so that a
+ * recorded step can be replayed. CPU only, without gradients.
+ * @param q [B 1 H D]
+ * @param now key and value [B 1 G D]
+ * @param cache key and value [N R G D], changed in place
+ * @returns [B 1 H D]
+ * @throws ShapeError when a shape does not fit; DataError, when the result is read, for a row or position out of range.
+ */
+export function attentionStep(
+  q: Tensor,
+  now: { readonly key: Tensor; readonly value: Tensor },
+  cache: { readonly key: Tensor; readonly value: Tensor },
+  options: AttentionStepOptions,
+): Tensor {
+  const scores = scoresOf(q.shape[3] ?? 1, options);
+  return stepOp(q, now.key, now.value, cache.key, cache.value, options.rows, options.positions, ...scores)[0]!;
+}
+
+/** Factor and soft cap of scores, as the kernels take them. */
+function scoresOf(d: number, options: Pick<AttentionOptions, 'scale' | 'cap'>): readonly [scale: number, cap: number] {
+  const { scale = d ** -0.5, cap = null } = options;
+  option('scale', scale, Number.isFinite(scale), 'a finite number');
+  if (cap !== null) option('cap', cap, cap > 0 && Number.isFinite(cap), 'a positive number, or null for no cap');
+  return [scale, cap ?? 0];
 }
 
 function option(name: string, value: number, good: boolean, expected: string): void {

@@ -1,7 +1,6 @@
 import { readFile } from 'node:fs/promises';
 import { afterEach, describe, expect, test } from 'vitest';
 import { openSafetensors } from '../../src/io/safetensors.ts';
-import { createCache } from '../../src/models/cache.ts';
 import { type Gemma2Config, gemma2Presets, gemma2Spec } from '../../src/models/gemma2.ts';
 import { createModel, type LanguageModel, loadWeights } from '../../src/models/model.ts';
 import { countParameters } from '../../src/nn/parameters.ts';
@@ -209,39 +208,6 @@ test('one, two and three threads give the same bits', async () => {
   const one = await gradientOf({ threads: 1 });
   expect(await gradientOf({ threads: 2 })).toEqual(one);
   expect(await gradientOf({ threads: 3 })).toEqual(one);
-});
-
-test('a longer context with a cache gives the logits of the whole text', async () => {
-  const model = createModel(small, { seed: 5, trainable: false });
-  const ids = someIds.subarray(0, 9);
-  const whole = logits(model, ids, [1, 9]);
-  const want = await readAs(whole, 'f32');
-  whole.dispose();
-  const cache = createCache(small.layers, 9, small.kvHeads, small.headSize);
-  for (const [from, to] of [
-    [0, 4],
-    [4, 5],
-    [5, 9],
-  ] as const) {
-    const z = scope(() =>
-      noGrad(() => {
-        const input = {
-          ids: tensor(ids.slice(from, to), [1, to - from]),
-          positions: tensor(
-            Int32Array.from({ length: to - from }, (_, i) => from + i),
-            [1, to - from],
-          ),
-          cache,
-        };
-        return softcap(linear(model.hidden(input), model.head), small.finalCap!);
-      }),
-    );
-    cache.length = to;
-    expect(largest(await readAs(z, 'f32'), want.subarray(from * 61, to * 61))).toBeLessThan(1e-5);
-    z.dispose();
-  }
-  cache.dispose();
-  model.dispose();
 });
 
 interface Reference {

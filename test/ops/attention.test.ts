@@ -1,12 +1,14 @@
 import { expect, test } from 'vitest';
-import { type AttentionOptions, attention } from '../../src/ops/attention.ts';
+import { type AttentionOptions, attention, attentionStep } from '../../src/ops/attention.ts';
+import { copy_ } from '../../src/ops/elementwise.ts';
 import { dot } from '../../src/ops/reduce.ts';
+import { reshape, rows } from '../../src/ops/reshape.ts';
 import { ConfigError, DataError, ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { parameter, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
 import { testDevice } from '../device.ts';
-import { type Array64, array, bf16Bits, checkOp, fromBf16, type Input } from './check.ts';
+import { type Array64, array, bf16Bits, checkOp, fromBf16, type Input, randomNumbers } from './check.ts';
 
 // The definition, a query at a time.
 function attend(q: Array64, k: Array64, v: Array64, starts?: Array64, options: AttentionOptions = {}): Array64 {
@@ -233,4 +235,57 @@ test('starts that mark no documents are refused when the result is read', async 
     await expect(y.read()).rejects.toBeInstanceOf(DataError);
     for (const t of [x, y, starts]) t.dispose();
   }
+});
+
+test.runIf(testDevice === 'cpu')('a step in a ring is the last query of the whole sequence', async () => {
+  const [h, g, d] = [6, 2, 9];
+  const numbers = randomNumbers(3);
+  const random = (shape: number[]): Tensor =>
+    tensor(
+      Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, () => numbers() * 4 - 2),
+      shape,
+    );
+  // Places of the ring, tokens before, cap: inside one part of keys and over several, before and after the ring is full.
+  for (const [places, before, cap] of [
+    [1, 3, null],
+    [5, 2, null],
+    [5, 4, 2],
+    [5, 13, null],
+    [700, 600, 30],
+    [700, 1699, null],
+  ] as const) {
+    const s = before + 1;
+    const results = scope(() => {
+      const [q, k, v] = [random([1, 1, h, d]), random([1, s, g, d]), random([1, s, g, d])];
+      const want = attention(q, k, v, { cap, window: places });
+      const ring = { key: zeros([3, places, g, d]), value: zeros([3, places, g, d]) };
+      for (let p = Math.max(0, before - places + 1); p < before; p++) {
+        const place = places + (p % places);
+        for (const [to, from] of [[ring.key, k] as const, [ring.value, v] as const])
+          copy_(rows(reshape(to, [3 * places, g, d]), place, place + 1), rows(reshape(from, [s, g, d]), p, p + 1));
+      }
+      const last = (t: Tensor): Tensor => reshape(rows(reshape(t, [s, g, d]), before, s), [1, 1, g, d]);
+      const at = { rows: tensor([1], [1], 'i32'), positions: tensor([before], [1, 1], 'i32') };
+      const got = attentionStep(q, { key: last(k), value: last(v) }, ring, { cap, ...at });
+      return { got, want, keys: ring.key };
+    });
+    const [got, want, keys] = await Promise.all([results.got.read(), results.want.read(), results.keys.read()]);
+    for (let i = 0; i < got.length; i++) expect(Math.abs(got[i]! - want[i]!)).toBeLessThan(5e-6);
+    const size = places * g * d;
+    for (const other of [keys.subarray(0, size), keys.subarray(2 * size)]) expect(other.every((x) => x === 0)).toBe(true);
+    for (const t of Object.values(results)) t.dispose();
+  }
+});
+
+test.runIf(testDevice === 'cpu')('a step refuses rows and positions that are not there', async () => {
+  const step = async (row: number, position: number): Promise<void> => {
+    const y = scope(() => {
+      const [token, ring] = [zeros([1, 1, 2, 4]), zeros([2, 3, 2, 4])];
+      const at = { rows: tensor([row], [1], 'i32'), positions: tensor([position], [1, 1], 'i32') };
+      return attentionStep(token, { key: token, value: token }, { key: ring, value: ring }, at);
+    });
+    await y.read().finally(() => y.dispose());
+  };
+  await expect(step(2, 0)).rejects.toThrow(/rows is 2 at 0, the cache has 2 sequences/);
+  await expect(step(0, -1)).rejects.toThrow(/positions is -1/);
 });
