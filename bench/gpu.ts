@@ -9,12 +9,13 @@ import {
   copy,
   createModel,
   createOptimizer,
-  type Gemma2Config,
   init,
   type LanguageModel,
+  layerWindow,
   linear,
   linearCrossEntropy,
   linearDistill,
+  type ModelConfig,
   memory,
   modelConfig,
   noGrad,
@@ -68,7 +69,7 @@ const sizes = (['gemma2-2b', 'gemma2-9b', 'gemma2-27b'] as const).map((name) =>
     ...(small ? { width: 64, heads: 2, kvHeads: 1, hidden: 128, layers: 2, window: 32 } : {}),
   }),
 );
-const [two, , twentySeven] = sizes as [Gemma2Config, Gemma2Config, Gemma2Config];
+const [two, , twentySeven] = sizes as [ModelConfig, ModelConfig, ModelConfig];
 
 /** The library's largest product and a copy of memory: what the device gives today, clocks and power as they are. */
 async function ceilings(): Promise<Ceilings> {
@@ -120,8 +121,8 @@ function peers(): Map<string, { ms: number; name: string }> {
 
 interface Step {
   readonly name: string;
-  readonly student: Gemma2Config;
-  readonly teacher?: Gemma2Config;
+  readonly student: ModelConfig;
+  readonly teacher?: ModelConfig;
   readonly options: ParameterOptions;
   readonly length: number;
   /** Teacher's weights. */
@@ -150,15 +151,15 @@ const steps: Step[] = [
 
 /** Useful operations of a step: 6 a parameter and token, 2 a teacher's; attention and heads as they are. */
 function usefulFlops({ student, teacher, length }: Step): number {
-  const attention = (c: Gemma2Config, factor: number): number => {
+  const attention = (c: ModelConfig, factor: number): number => {
     const pairs = (window: number): number => {
       const w = Math.min(window, length);
       return (w * (w + 1)) / 2 + (length - w) * w;
     };
-    const all = Math.ceil(c.layers / 2) * pairs(c.window) + Math.floor(c.layers / 2) * pairs(length);
+    const all = Array.from({ length: c.layers }, (_, i) => pairs(layerWindow(c, i) ?? length)).reduce((a, b) => a + b, 0);
     return factor * c.heads * c.headSize * all;
   };
-  const matrices = (c: Gemma2Config): number =>
+  const matrices = (c: ModelConfig): number =>
     c.layers * c.width * (2 * c.headSize * (c.heads + c.kvHeads) + 3 * c.hidden) + c.vocabSize * c.width;
   const own = 6 * matrices(student) * length + attention(student, 14);
   return teacher === undefined ? own : own + 2 * matrices(teacher) * length + attention(teacher, 4);

@@ -20,17 +20,22 @@ export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel }
 // Files
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
 export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
-export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
 export {
+  type BaseConfig,
   type ForwardOptions,
-  type Gemma2Config,
-  type Gemma2Parameters,
-  type Gemma2Preset,
-  gemma2Hidden,
-  gemma2Presets,
-  gemma2Spec,
+  type LayerKind,
+  layerKind,
+  layerWindow,
   type ModelInput,
-} from './models/gemma2.ts';
+} from './models/config.ts';
+export {
+  type DecoderConfig,
+  type DecoderParameters,
+  decoderArchitectures,
+  decoderHidden,
+  decoderSpec,
+} from './models/decoder.ts';
+export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
 export { type GenerateOptions, generate, generateText, type SamplingOptions } from './models/generate.ts';
 export {
   createModel,
@@ -38,9 +43,11 @@ export {
   type LoadedModel,
   loadModel,
   loadWeights,
+  type ModelConfig,
   modelConfig,
   saveModel,
 } from './models/model.ts';
+export { type Preset, presets } from './models/presets.ts';
 // Parameters and models
 export {
   countParameters,
@@ -78,7 +85,7 @@ export { type Fp8Weight, linearFp8, quantizeFp8, type Weight } from './ops/quant
 export { randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';
-export { type RopeOptions, rope, ropeTable } from './ops/rotary.ts';
+export { type RopeOptions, type RopeScaling, rope, ropeTable } from './ops/rotary.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';
 // Tensors and the engine
 export { plannedDevice, plannedDevices } from './plan/devices.ts';

@@ -3,18 +3,19 @@
 #include <cmath>
 
 #include "core/checks.h"
+#include "core/rope.h"
 #include "cpu/lanes.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
-// rope_table(positions[*]:i32, d, base) -> table[* d]: cosines, then sines; angles in float64.
+// rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]: cosines, then sines; angles in float64.
 static void rope_table(const Call& call) {
   const int32_t* positions = call.in[0].as<int32_t>();
   const int64_t d = call.out[0].cols(), half = d / 2;
   check_even_head(call, d, "d");
-  const double base = call.scalar[1];
+  const RopeScaling scaling{call.scalar[2], call.scalar[3], call.scalar[4], call.scalar[5]};
   double* frequency = static_cast<double*>(call.workspace);
-  for (int64_t i = 0; i < half; ++i) frequency[i] = ::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+  for (int64_t i = 0; i < half; ++i) frequency[i] = rope_frequency(i, d, call.scalar[1], scaling);
   float* table = call.out[0].as<float>();
   if (!table) return;
   for_chunks(call, call.in[0].size(), 64, [=](int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
 // Rotary position embedding in the half-split (NEOX) layout: dims i and i + d/2 turn together by position * base^(-2i/d).
 // B batch, T tokens, H heads, D head size.
 #include "core/checks.h"
+#include "core/rope.h"
 #include "cuda/lanes.cuh"
 
 namespace limbeck::cuda {
@@ -9,8 +10,9 @@ struct Frequency {
   double* frequency;
   double base;
   int64_t d;
+  RopeScaling scaling;
   __device__ __forceinline__ void operator()(int64_t i, Lanes<1>) const {
-    frequency[i] = pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+    frequency[i] = rope_frequency(i, d, base, scaling);
   }
 };
 
@@ -28,13 +30,14 @@ struct Table {
   }
 };
 
-// rope_table(positions[*]:i32, d, base) -> table[* d]:f32: cosines, then sines; angles in float64.
+// rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]:f32: cosines, then sines; angles in float64.
 static void rope_table(const Call& call) {
   const int64_t d = call.out[0].cols(), half = d / 2;
   check_even_head(call, d, "d");
   double* frequency = static_cast<double*>(call.workspace);
   if (!call.out[0]) return;
-  for_elements<1>(call, half, false, Frequency{frequency, call.scalar[1], d});
+  const RopeScaling scaling{call.scalar[2], call.scalar[3], call.scalar[4], call.scalar[5]};
+  for_elements<1>(call, half, false, Frequency{frequency, call.scalar[1], d, scaling});
   for_elements<1>(call, call.in[0].size() * half, false, Table{call.in[0].as<int32_t>(), frequency, half, call.out[0].as<float>()});
 }
 

@@ -9,25 +9,21 @@ import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { keep } from '../tensor/scope.ts';
 import { readAs, type Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
-import {
-  checkGemma2,
-  type ForwardOptions,
-  type Gemma2Config,
-  type Gemma2Preset,
-  gemma2Hidden,
-  gemma2Presets,
-  gemma2Spec,
-  type ModelInput,
-} from './gemma2.ts';
+import type { ForwardOptions, ModelInput } from './config.ts';
+import { checkDecoder, type DecoderConfig, decoderHidden, decoderSpec } from './decoder.ts';
+import { type Preset, presets } from './presets.ts';
 import { fromTransformers, transformersText } from './transformers.ts';
+
+/** The configuration of a model, of whichever architecture. */
+export type ModelConfig = DecoderConfig;
 
 /** A decoder-only language model. */
 export interface LanguageModel {
-  readonly config: Gemma2Config;
-  readonly parameters: Parameters<ReturnType<typeof gemma2Spec>>;
+  readonly config: ModelConfig;
+  readonly parameters: Parameters<ReturnType<typeof decoderSpec>>;
   /** Hidden states [B T C] after the last norm. */
   hidden(input: ModelInput, options?: ForwardOptions): Tensor;
-  /** The output head [V C]; tied to the embedding. */
+  /** The output head [V C]: the embedding, or a matrix of its own. */
   readonly head: Tensor;
   dispose(): void;
 }
@@ -36,9 +32,9 @@ export interface LanguageModel {
  * A configuration from a preset's name, or from a preset with changed fields.
  * @throws ConfigError naming the preset or the field.
  */
-export function modelConfig(preset: string, changes: Partial<Gemma2Config> = {}): Gemma2Config {
-  if (!Object.hasOwn(gemma2Presets, preset)) {
-    const known = Object.keys(gemma2Presets).join(', ');
+export function modelConfig(preset: string, changes: Partial<ModelConfig> = {}): ModelConfig {
+  if (!Object.hasOwn(presets, preset)) {
+    const known = Object.keys(presets).join(', ');
     throw new ConfigError(`model: there is no preset '${preset}'; known are ${known}`, {
       code: 'ERR_CONFIG',
       op: 'model',
@@ -47,20 +43,20 @@ export function modelConfig(preset: string, changes: Partial<Gemma2Config> = {})
       actual: preset,
     });
   }
-  const config: Gemma2Config = { ...gemma2Presets[preset as Gemma2Preset], ...changes };
-  checkGemma2(config);
+  const config: ModelConfig = { ...presets[preset as Preset], ...changes };
+  checkDecoder(config);
   return config;
 }
 
 /** Makes a model with random weights on the current device. */
-export function createModel(config: Gemma2Config, options: ParameterOptions = {}): LanguageModel {
-  checkGemma2(config);
-  const parameters = createParameters(gemma2Spec(config), options);
+export function createModel(config: ModelConfig, options: ParameterOptions = {}): LanguageModel {
+  checkDecoder(config);
+  const parameters = createParameters(decoderSpec(config), options);
   return {
     config,
     parameters,
-    hidden: (input, forward) => gemma2Hidden(parameters.tree, config, input, forward),
-    head: parameters.tree.embed,
+    hidden: (input, forward) => decoderHidden(parameters.tree, config, input, forward),
+    head: parameters.tree.head ?? parameters.tree.embed,
     dispose: () => parameters.dispose(),
   };
 }
@@ -124,7 +120,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
 }
 
 /** The configuration of a model folder. @throws FormatError */
-export async function loadConfig(folder: string): Promise<Gemma2Config> {
+export async function loadConfig(folder: string): Promise<ModelConfig> {
   const path = join(folder, files.config);
   return fromTransformers(await readJson(path), path);
 }

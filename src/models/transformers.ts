@@ -1,10 +1,11 @@
 // config.json of Transformers, to and from our own.
 import { FormatError } from '../tensor/errors.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
-import { checkGemma2, type Gemma2Config } from './gemma2.ts';
+import { layerKind } from './config.ts';
+import { checkDecoder, type DecoderConfig } from './decoder.ts';
 
-/** What Transformers' Gemma2Config reads. */
-export function toTransformers(c: Gemma2Config, tokenizer?: Tokenizer): Record<string, unknown> {
+/** What Transformers reads. */
+export function toTransformers(c: DecoderConfig, tokenizer?: Tokenizer): Record<string, unknown> {
   return {
     architectures: ['Gemma2ForCausalLM'],
     model_type: 'gemma2',
@@ -16,7 +17,9 @@ export function toTransformers(c: Gemma2Config, tokenizer?: Tokenizer): Record<s
     head_dim: c.headSize,
     intermediate_size: c.hidden,
     sliding_window: c.window,
-    layer_types: Array.from({ length: c.layers }, (_, i) => (i % 2 === 0 ? 'sliding_attention' : 'full_attention')),
+    layer_types: Array.from({ length: c.layers }, (_, i) =>
+      layerKind(c, i) === 'local' ? 'sliding_attention' : 'full_attention',
+    ),
     attn_logit_softcapping: c.attentionCap,
     final_logit_softcapping: c.finalCap,
     query_pre_attn_scalar: c.queryScalar,
@@ -37,7 +40,7 @@ export function toTransformers(c: Gemma2Config, tokenizer?: Tokenizer): Record<s
 }
 
 /** {@link toTransformers} as the text of a config.json, where a float keeps its point: Transformers refuses a cap of 30, it wants 30.0. */
-export function transformersText(c: Gemma2Config, tokenizer?: Tokenizer): string {
+export function transformersText(c: DecoderConfig, tokenizer?: Tokenizer): string {
   const text = JSON.stringify(toTransformers(c, tokenizer), null, 2);
   const whole =
     /("(?:attn_logit_softcapping|final_logit_softcapping|rope_theta|rms_norm_eps|initializer_range|attention_dropout)": \d+)(?=[,\n])/g;
@@ -49,7 +52,7 @@ export function transformersText(c: Gemma2Config, tokenizer?: Tokenizer): string
  * @param where the file, for errors
  * @throws FormatError for another architecture, a missing field, or an option that this model does not have.
  */
-export function fromTransformers(json: unknown, where: string): Gemma2Config {
+export function fromTransformers(json: unknown, where: string): DecoderConfig {
   const refuse = (field: string, expected: string, actual: unknown): never => {
     throw new FormatError(`${where}: ${field} is ${JSON.stringify(actual)}, expected ${expected}`, {
       code: 'ERR_CHECKPOINT',
@@ -81,7 +84,19 @@ export function fromTransformers(json: unknown, where: string): Gemma2Config {
   const rope = (j.rope_parameters ?? {}) as Record<string, unknown>;
   if (rope.rope_type !== undefined && rope.rope_type !== 'default')
     refuse('rope_parameters.rope_type', '"default"', rope.rope_type);
-  const config: Gemma2Config = {
+  const config: DecoderConfig = {
+    architecture: 'gemma2',
+    layerPattern: ['local', 'global'],
+    activation: 'gelu',
+    normOffset: 1,
+    postNorms: true,
+    queryKeyNorm: false,
+    scaledEmbedding: true,
+    tied: true,
+    bias: { qkv: false, output: false },
+    localRopeBase: null,
+    ropeScaling: null,
+    rotary: [true],
     vocabSize: number('vocab_size'),
     width: number('hidden_size'),
     layers,
@@ -98,6 +113,6 @@ export function fromTransformers(json: unknown, where: string): Gemma2Config {
     initStd: number('initializer_range', 0.02),
     context: number('max_position_embeddings', 8192),
   };
-  checkGemma2(config);
+  checkDecoder(config);
   return config;
 }

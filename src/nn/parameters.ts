@@ -28,8 +28,8 @@ export interface WeightSpec extends ParameterSpec {
   readonly linear: true;
 }
 
-/** A tree of parameters: objects and arrays with {@link ParameterSpec} leaves. */
-export type SpecTree = ParameterSpec | readonly SpecTree[] | { readonly [key: string]: SpecTree };
+/** A tree of parameters: objects and arrays with {@link ParameterSpec} leaves; undefined where a model has none of a kind. */
+export type SpecTree = ParameterSpec | undefined | readonly SpecTree[] | { readonly [key: string]: SpecTree };
 
 /** The tree of tensors that belongs to a tree of specs. */
 export type Tensors<S> = S extends WeightSpec
@@ -38,7 +38,9 @@ export type Tensors<S> = S extends WeightSpec
     ? Tensor
     : S extends readonly (infer E)[]
       ? readonly Tensors<E>[]
-      : { readonly [K in keyof S]: Tensors<S[K]> };
+      : S extends undefined
+        ? undefined
+        : { readonly [K in keyof S]: Tensors<S[K]> };
 
 /** A matrix: normal initial values, decayed. */
 export function matrix(name: string, shape: readonly number[], std: number): ParameterSpec {
@@ -121,12 +123,12 @@ const padded = (n: number): number => roundUp(n, block);
 const sizeOf = ({ shape }: { readonly shape: readonly number[] }): number => shape.reduce((a, b) => a * b, 1);
 
 function isSpec(s: SpecTree): s is ParameterSpec {
-  return 'parameter' in s && s.parameter === true;
+  return s !== undefined && 'parameter' in s && s.parameter === true;
 }
 
 /** Every spec of a tree, in the order of its keys. */
 export function specsOf(tree: SpecTree): ParameterSpec[] {
-  return isSpec(tree) ? [tree] : Object.values(tree).flatMap(specsOf);
+  return isSpec(tree) ? [tree] : Object.values(tree ?? {}).flatMap(specsOf);
 }
 
 /** Number of parameters of a tree, without making it. */
@@ -136,12 +138,13 @@ export function countParameters(tree: SpecTree): number {
 
 /** The parts of a tree whose gradients lie together. */
 function partsOf(tree: SpecTree): readonly SpecTree[] {
-  return isSpec(tree) ? [tree] : Object.values(tree).flatMap((part: SpecTree) => (Array.isArray(part) ? part : [part]));
+  return isSpec(tree) ? [tree] : Object.values(tree ?? {}).flatMap((part: SpecTree) => (Array.isArray(part) ? part : [part]));
 }
 
 function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec, Weight>): Tensors<S> {
   const map = (s: SpecTree): unknown => {
     if (isSpec(s)) return tensors.get(s);
+    if (s === undefined) return undefined;
     return Array.isArray(s) ? s.map(map) : Object.fromEntries(Object.entries(s).map(([k, v]) => [k, map(v)]));
   };
   return map(tree) as Tensors<S>;

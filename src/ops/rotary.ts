@@ -2,27 +2,55 @@
 import { op } from '../tensor/op.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
-const table = op({ forward: 'rope_table(positions[*]:i32, d, base) -> table[* d]:f32' });
+const table = op({ forward: 'rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]:f32' });
 const rotate = op({
   forward: 'rope(x[b t h d], table[b t d]:f32, direction) -> y[b t h d]',
   backward: 'rope_backward(dy[b t h d], table[b t d]:f32, direction) -> dx[b t h d]+',
 });
+
+/** How rotary frequencies of a longer context are made from those of training. */
+export type RopeScaling =
+  /** All frequencies are divided by `factor`. */
+  | { readonly kind: 'linear'; readonly factor: number }
+  /**
+   * Llama 3.1: wavelengths above `context / lowFrequency` tokens are stretched by `factor`, those below `context / highFrequency` stay,
+   * between them the frequencies are interpolated.
+   */
+  | {
+      readonly kind: 'llama3';
+      readonly factor: number;
+      readonly lowFrequency: number;
+      readonly highFrequency: number;
+      /** Tokens of the sequences that the model was trained on first. */
+      readonly context: number;
+    };
 
 export interface RopeOptions {
   /** D, even. */
   readonly headSize: number;
   /** Wavelength of the slowest pair, in tokens over 2π. Default 10,000. */
   readonly base?: number;
+  /** Default null: none. */
+  readonly scaling?: RopeScaling | null;
 }
 
 /**
- * Cosines, then sines, of position · base^(-2i/D) for i < D/2: what {@link rope} turns by. Angles are float64. Make it once per batch.
+ * Cosines, then sines, of position · base^(-2i/D) for i < D/2, with scaled frequencies where asked: what {@link rope} turns by. Angles are
+ * float64. Make it once per batch.
  * @param positions [B T], i32: places within the document
  * @returns [B T D]
  * @throws ShapeError when headSize is odd.
  */
-export function ropeTable(positions: Tensor, { headSize, base = 10_000 }: RopeOptions): Tensor {
-  return table(positions, headSize, base)[0]!;
+export function ropeTable(positions: Tensor, { headSize, base = 10_000, scaling = null }: RopeOptions): Tensor {
+  // The kernel stretches what turns less than once in a context of 0 tokens, which is everything.
+  const { factor, lowFrequency, highFrequency, context } = {
+    factor: 1,
+    lowFrequency: 1,
+    highFrequency: 2,
+    context: 0,
+    ...scaling,
+  };
+  return table(positions, headSize, base, factor, lowFrequency, highFrequency, context)[0]!;
 }
 
 /**

@@ -5,8 +5,7 @@
 import type { Batch } from '../data/pack.ts';
 import { distillationLoss } from '../distill/distill.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
-import type { Gemma2Config } from '../models/gemma2.ts';
-import { createModel, loadConfig, modelConfig } from '../models/model.ts';
+import { createModel, loadConfig, type ModelConfig, modelConfig } from '../models/model.ts';
 import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer } from '../tokenizer/tokenizer.ts';
@@ -111,7 +110,7 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   };
 }
 
-async function teacherConfig(checkpoint: string, preset: string | undefined): Promise<Gemma2Config> {
+async function teacherConfig(checkpoint: string, preset: string | undefined): Promise<ModelConfig> {
   if (preset !== undefined) return modelConfig(preset);
   return loadConfig(await resolveCheckpoint(checkpoint));
 }
@@ -158,8 +157,8 @@ interface Rehearsed {
 async function rehearsal(
   run: RunConfig,
   device: PlannedDevice,
-  config: Gemma2Config,
-  teacherConfig: Gemma2Config | undefined,
+  config: ModelConfig,
+  teacherConfig: ModelConfig | undefined,
 ): Promise<Rehearsed> {
   return rehearse(device, async () => {
     const live = (): number => memory('plan').live;

@@ -1,5 +1,5 @@
 import type { Batch } from '../data/pack.ts';
-import type { ModelInput } from '../models/gemma2.ts';
+import type { ModelInput } from '../models/config.ts';
 import { type Tensor, tensor } from '../tensor/tensor.ts';
 
 /** A batch on the device. B sequences of T tokens, N = B T. */

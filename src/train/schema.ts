@@ -71,16 +71,23 @@ function makeSchemas() {
       preset: z.string().min(1).optional().describe('Named configuration that the other fields change.'),
       vocabSize: count().optional().describe("Rows of the embedding table. Default: the tokenizer's vocabulary."),
       width: count().optional().describe('Width of the residual stream.'),
-      layers: count().optional().describe('Number of layers; even ones attend locally, odd ones globally.'),
+      layers: count().optional().describe('Number of layers.'),
       heads: count().optional().describe('Query heads.'),
       kvHeads: count().optional().describe('Key and value heads; must divide heads.'),
       headSize: z.int().min(2).multipleOf(2).optional().describe('Width of one head; even.'),
       hidden: count().optional().describe('Width inside the feed-forward block, per branch.'),
-      window: count().optional().describe('Keys that a local layer sees, the token itself included.'),
+      window: count().nullable().optional().describe('Keys that a local layer sees, the token itself included; null for none.'),
+      layerPattern: z
+        .array(z.enum(['local', 'global']))
+        .min(1)
+        .optional()
+        .describe('What each layer sees, repeated over the layers: "local" (the window) or "global".'),
+      tied: z.boolean().optional().describe('Whether the embedding table is the output head too.'),
       attentionCap: positive().nullable().optional().describe('Soft cap of attention scores; null for none.'),
       finalCap: positive().nullable().optional().describe('Soft cap of logits; null for none.'),
       queryScalar: positive().optional().describe('Queries are divided by its square root.'),
       ropeBase: z.number().gt(1).optional().describe('Base of the rotary frequencies.'),
+      localRopeBase: z.number().gt(1).nullable().optional().describe('That of local layers; null: the same.'),
       normEps: positive().optional().describe('Added to the mean square inside RMSNorm.'),
       initStd: positive().optional().describe('Standard deviation of the initial weights.'),
       context: count().optional().describe('Most tokens of a sequence; informative, for exported files.'),

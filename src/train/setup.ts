@@ -5,8 +5,7 @@ import type { DatasetOptions } from '../data/dataset.ts';
 import { jsonl } from '../data/jsonl.ts';
 import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
-import type { Gemma2Config } from '../models/gemma2.ts';
-import { modelConfig } from '../models/model.ts';
+import { type ModelConfig, modelConfig } from '../models/model.ts';
 import { currentDevice, init, native, started } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
@@ -95,7 +94,7 @@ export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promis
 }
 
 /** The configuration of the model to make; its vocabulary is the tokenizer's unless the run says otherwise. */
-export function runModelConfig(run: RunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): Gemma2Config {
+export function runModelConfig(run: RunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): ModelConfig {
   const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : run.model;
   const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
   const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });

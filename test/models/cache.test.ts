@@ -1,8 +1,9 @@
 import fc from 'fast-check';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { cacheRows, createCache } from '../../src/models/cache.ts';
-import { type Gemma2Config, gemma2Presets } from '../../src/models/gemma2.ts';
+import type { DecoderConfig } from '../../src/models/decoder.ts';
 import { createModel, type LanguageModel } from '../../src/models/model.ts';
+import { presets } from '../../src/models/presets.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
@@ -10,8 +11,8 @@ import { scope } from '../../src/tensor/scope.ts';
 import { noGrad } from '../../src/tensor/tape.ts';
 import { readAs, tensor } from '../../src/tensor/tensor.ts';
 
-const config: Gemma2Config = {
-  ...gemma2Presets['gemma2-nano'],
+const config: DecoderConfig = {
+  ...presets['gemma2-nano'],
   ...{ vocabSize: 61, width: 24, layers: 3, heads: 4, kvHeads: 2, headSize: 6, hidden: 20, window: 5, initStd: 0.3 },
 };
 let model: LanguageModel;

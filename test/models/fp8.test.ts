@@ -3,8 +3,9 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
-import { type Gemma2Config, gemma2Presets, gemma2Spec } from '../../src/models/gemma2.ts';
+import { type DecoderConfig, decoderSpec } from '../../src/models/decoder.ts';
 import { createModel, type LanguageModel, loadWeights, saveModel } from '../../src/models/model.ts';
+import { presets } from '../../src/models/presets.ts';
 import { countParameters } from '../../src/nn/parameters.ts';
 import { cast, softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
@@ -15,7 +16,7 @@ import { noGrad } from '../../src/tensor/tape.ts';
 import { readAs, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 
 const golden = join(import.meta.dirname, '../golden/gemma2');
-const config: Gemma2Config = { ...gemma2Presets['gemma2-micro'], vocabSize: 512 };
+const config: DecoderConfig = { ...presets['gemma2-micro'], vocabSize: 512 };
 const frozen = { trainable: false, weights: 'fp8' } as const;
 afterEach(() => expect(memory().tensors).toBe(0));
 
@@ -63,7 +64,7 @@ describe('against the same model in f32', () => {
 test('loading and making give the same bits', async () => {
   const folder = mkdtempSync(join(tmpdir(), 'limbeck-fp8-'));
   // Rows that do not divide what is read or rounded at once.
-  const odd: Gemma2Config = { ...config, width: 126, hidden: 3001, layers: 1 };
+  const odd: DecoderConfig = { ...config, width: 126, hidden: 3001, layers: 1 };
   const exact = createModel(odd, { seed: 4 });
   await saveModel(folder, exact);
   exact.dispose();
@@ -83,7 +84,7 @@ test('loading and making give the same bits', async () => {
 });
 
 test('a matrix takes a byte an element and four a row', () => {
-  const spec = gemma2Spec(config);
+  const spec = decoderSpec(config);
   const before = memory().live;
   const model = createModel(config, { seed: 1, ...frozen });
   const taken = memory().live - before;

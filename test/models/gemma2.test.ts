@@ -1,8 +1,9 @@
 import { readFile } from 'node:fs/promises';
 import { afterEach, describe, expect, test } from 'vitest';
 import { openSafetensors } from '../../src/io/safetensors.ts';
-import { type Gemma2Config, gemma2Presets, gemma2Spec } from '../../src/models/gemma2.ts';
+import { type DecoderConfig, decoderSpec } from '../../src/models/decoder.ts';
 import { createModel, type LanguageModel, loadWeights } from '../../src/models/model.ts';
+import { presets } from '../../src/models/presets.ts';
 import { countParameters } from '../../src/nn/parameters.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
@@ -90,7 +91,7 @@ describe('parameter counts are those of the report', () => {
     ['gemma2-9b', 917_962_752, 8_324_201_984],
     ['gemma2-27b', 1_180_237_824, 26_047_480_320],
   ] as const)('%s: %d + %d', (name, embedding, rest) => {
-    const spec = gemma2Spec(gemma2Presets[name]);
+    const spec = decoderSpec(presets[name]);
     expect(countParameters(spec.embed)).toBe(embedding);
     expect(countParameters(spec)).toBe(embedding + rest);
   });
@@ -136,7 +137,8 @@ describe('against Transformers, float32', () => {
   });
 });
 
-const small: Gemma2Config = {
+const small: DecoderConfig = {
+  ...presets['gemma2-nano'],
   vocabSize: 61,
   width: 20,
   layers: 2,
