@@ -204,25 +204,29 @@ function loader(store: TokenStore, segments: Segments, layout: Layout, seed: num
     },
     state: () => ({ version: 1, seed, length: layout.length, data, tokens, ...rows.state }),
     restore(state) {
-      const now = { version: 1, seed, length: layout.length, data };
-      for (const [field, value] of Object.entries(now)) {
-        const saved = state[field as keyof typeof now];
-        if (saved === value) continue;
-        throw new ConfigError(
-          `restore: the saved state has ${field} ${saved}, this loader ${value}; the sequence of batches would differ`,
-          {
-            code: 'ERR_RESUME',
-            op: 'restore',
-            argument: field,
-            expected: String(value),
-            actual: String(saved),
-          },
-        );
-      }
+      checkState(state, { version: 1, seed, length: layout.length, data });
       rows.state = state;
       tokens = state.tokens;
     },
   };
+}
+
+/** Refuses a state that another sequence of batches would follow. @throws ConfigError `ERR_RESUME` naming the field */
+export function checkState(state: DatasetState, now: Pick<DatasetState, 'version' | 'seed' | 'length' | 'data'>): void {
+  for (const [field, value] of Object.entries(now)) {
+    const saved = state[field as keyof typeof now];
+    if (saved === value) continue;
+    throw new ConfigError(
+      `restore: the saved state has ${field} ${saved}, this loader ${value}; the sequence of batches would differ`,
+      {
+        code: 'ERR_RESUME',
+        op: 'restore',
+        argument: field,
+        expected: String(value),
+        actual: String(saved),
+      },
+    );
+  }
 }
 
 function dataFingerprint(store: TokenStore, documents: Uint32Array): string {

@@ -54,6 +54,19 @@ async function* readLines(file: string, options: JsonlOptions, read: ReadOptions
 
 /** The text of a line, nothing for a blank line, or why there is none. */
 function textOf(line: Buffer, field: string, onInvalid: 'error' | 'replace'): string | { reason: string } | undefined {
+  const parsed = parseLine(line, onInvalid);
+  if (parsed === undefined || 'reason' in parsed) return parsed;
+  const { value } = parsed;
+  const text: unknown = Object.hasOwn(value, field) ? value[field] : undefined;
+  if (text === undefined) return { reason: `no field "${field}"` };
+  return typeof text === 'string' ? text : { reason: `field "${field}" is not a text` };
+}
+
+/** The object of a line, nothing for a blank line, or why there is none. */
+export function parseLine(
+  line: Buffer,
+  onInvalid: 'error' | 'replace',
+): { value: Record<string, unknown> } | { reason: string } | undefined {
   if (onInvalid === 'error' && !isUtf8(line)) return { reason: `not UTF-8 at byte ${firstInvalidByte(line)} of the line` };
   const source = line.toString('utf8').trim();
   if (source === '') return undefined;
@@ -64,12 +77,11 @@ function textOf(line: Buffer, field: string, onInvalid: 'error' | 'replace'): st
     return { reason: `not JSON: ${(error as Error).message}` };
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return { reason: 'not an object' };
-  const text: unknown = Object.hasOwn(value, field) ? value[field as keyof typeof value] : undefined;
-  if (text === undefined) return { reason: `no field "${field}"` };
-  return typeof text === 'string' ? text : { reason: `field "${field}" is not a text` };
+  return { value: value as Record<string, unknown> };
 }
 
-async function* linesOf(file: string): AsyncGenerator<Buffer> {
+/** The lines of a file, without a byte order mark. */
+export async function* linesOf(file: string): AsyncGenerator<Buffer> {
   const parts: Buffer[] = []; // of a line that spans chunks
   let first = true;
   for await (let chunk of chunksOf(file)) {

@@ -12,7 +12,7 @@ export interface Batch {
   readonly ids: Int32Array;
   /** The token to predict at each place; -100 where there is none. */
   readonly targets: Int32Array;
-  /** 1 where there is a target, 0 elsewhere. */
+  /** What each target counts: 1, or less where a span says so; 0 where there is none. */
   readonly weights: Float32Array;
   /** Place within the document piece; what rotary embeddings take. */
   readonly positions: Int32Array;
@@ -28,6 +28,8 @@ export interface Batch {
 export interface Span {
   readonly ids: Ids;
   readonly next: number;
+  /** What the token after each id counts as a target, one for each id; 0 makes it no target. Default: 1. */
+  readonly weights?: Float32Array;
 }
 
 export interface Layout {
@@ -67,6 +69,14 @@ export function layOut(rows: readonly (readonly Span[])[], layout: Layout): Batc
       if (follower >= 0) targets[from + count - 1] = follower;
       const known = follower >= 0 ? count : count - 1;
       weights.fill(1, from, from + known);
+      if (span.weights !== undefined) {
+        for (let i = 0; i < known; i++) {
+          const weight = span.weights[i]!;
+          weights[from + i] = weight;
+          if (weight === 0) targets[from + i] = ignoreIndex;
+          predicted += weight - 1;
+        }
+      }
       for (let i = 0; i < count; i++) positions[from + i] = isolate ? i : column + i;
       if (isolate) starts.fill(column, from, from + count);
       column += count;

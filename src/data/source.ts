@@ -28,6 +28,8 @@ export interface Malformed {
   /** Counted from 1. */
   readonly line: number;
   readonly reason: string;
+  /** The field at fault, where it is one. */
+  readonly field?: string;
 }
 
 export interface ReadOptions {

@@ -138,7 +138,12 @@ export function encodeChat(
   // A conversation that the user ends has nothing to close.
   if (last === undefined || tokenizer.eos === undefined || text.slice(last[1]).trim() !== '') return { ids, mask };
   if (endsInSpecial(tokenizer, ids.subarray(0, end))) return { ids, mask };
-  return { ids: Int32Array.of(...ids.subarray(0, end), tokenizer.eos), mask: Uint8Array.of(...mask.subarray(0, end), 1) };
+  const closed = { ids: new Int32Array(end! + 1), mask: new Uint8Array(end! + 1) };
+  closed.ids.set(ids.subarray(0, end));
+  closed.ids[end!] = tokenizer.eos;
+  closed.mask.set(mask.subarray(0, end));
+  closed.mask[end!] = 1;
+  return closed;
 }
 
 /** The text cut where spans begin and end: 2 n + 1 pieces, some of them perhaps empty. */

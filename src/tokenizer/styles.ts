@@ -49,10 +49,10 @@ export const chatStyles = {
 {%- else %}{{- '[INST] ' + ns.system + message.content + ' [/INST]' }}{%- set ns.system = '' %}{%- endif %}
 {%- endfor %}
 `,
-  /** The texts alone, a line each: for prompts that say everything themselves. */
+  /** The texts as they are, one behind the other: for prompts that say everything themselves. */
   plain: `${begin}{%- for message in messages %}
 {%- if message.role == 'assistant' %}{%- generation %}{{- message.content + eos_token }}{%- endgeneration %}
-{%- else %}{{- message.content + '\\n' }}{%- endif %}
+{%- else %}{{- message.content }}{%- endif %}
 {%- endfor %}
 `,
 } as const;
