@@ -1,6 +1,7 @@
 // Every public name of limbeck, listed by hand.
 
 // Tokenizers and data
+export type { Conversation, ConversationFormat } from './data/conversations.ts';
 export {
   type Dataset,
   type DatasetOptions,
@@ -9,6 +10,8 @@ export {
   type Loader,
   openDataset,
 } from './data/dataset.ts';
+export type { Mask } from './data/examples.ts';
+export { type InstructionOptions, type InstructionReport, type Instructions, openInstructions } from './data/instructions.ts';
 export { type JsonlOptions, jsonl } from './data/jsonl.ts';
 export { type Batch, type Layout, packDocuments } from './data/pack.ts';
 export { shuffled } from './data/shuffle.ts';
