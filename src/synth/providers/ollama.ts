@@ -1,0 +1,175 @@
+// Models of an Ollama server, whose raw mode takes a prompt as it stands.
+
+import {
+  type Abilities,
+  type CallOptions,
+  type Completion,
+  checkAbilities,
+  completeInTwo,
+  count,
+  limiter,
+  type Meter,
+  type Provider,
+  ProviderError,
+  type TokenScore,
+} from '../provider.ts';
+import { broken, type HttpOptions, httpClient } from './http.ts';
+
+export interface OllamaOptions extends Omit<HttpOptions, 'url'> {
+  /** Address of the server. Default `http://127.0.0.1:11434`. */
+  readonly url?: string;
+  readonly model: string;
+  /** Calls at work at once; the server decides how many of them run side by side. Default 4. */
+  readonly concurrency?: number;
+  /** Tokens of context that the server reserves. Default: the server's own. */
+  readonly context?: number;
+  /** Ask for the answer piece by piece. Default false. */
+  readonly stream?: boolean;
+}
+
+interface Answer {
+  response?: string;
+  message?: { content?: string };
+  done?: boolean;
+  done_reason?: string;
+  prompt_eval_count?: number;
+  eval_count?: number;
+  error?: string;
+  logprobs?: { token: string; logprob: number; top_logprobs?: { token: string; logprob: number }[] }[];
+}
+
+/** A model behind an Ollama server. */
+export function ollamaProvider(options: OllamaOptions): Provider {
+  const { model, url = 'http://127.0.0.1:11434', concurrency = 4, context, stream = false } = options;
+  const meter: Meter = { requests: 0, retries: 0, promptTokens: 0, completionTokens: 0 };
+  const client = httpClient({ ...options, url }, () => meter.retries++);
+  const limited = limiter(concurrency);
+  const name = `ollama:${model}`;
+  const can: Abilities = {
+    complete: true,
+    chat: true,
+    embed: true,
+    logProbabilities: true,
+    choices: true,
+    bias: false,
+    stopIds: false,
+  };
+
+  // Ollama reads sampling from `options` only; at the top level it is silently ignored.
+  const fields = (call: CallOptions): Record<string, unknown> => {
+    checkAbilities(name, can, call);
+    const { maxTokens = 512, temperature = 1, topP = 1, topK = 0, minP = 0, repetitionPenalty = 1, stop, seed, choices } = call;
+    return {
+      model,
+      stream,
+      options: {
+        num_predict: maxTokens,
+        temperature,
+        top_p: topP,
+        top_k: topK,
+        min_p: minP,
+        repeat_penalty: repetitionPenalty,
+        ...(stop?.length ? { stop } : {}),
+        ...(seed === undefined ? {} : { seed }),
+        ...(context === undefined ? {} : { num_ctx: context }),
+      },
+      ...(choices?.length ? { format: { type: 'string', enum: choices } } : {}),
+      ...(call.logProbabilities === undefined ? {} : { logprobs: true, top_logprobs: call.logProbabilities }),
+    };
+  };
+
+  const ask = async (path: string, body: Record<string, unknown>, call: CallOptions): Promise<Completion> => {
+    let answers: Answer[] = [];
+    if (!stream) answers = [(await client.json(path, body, call.signal)) as Answer];
+    else {
+      const handler = {
+        again: () => {
+          answers = [];
+        },
+        line(line: string) {
+          if (line.trim() === '') return;
+          let part: Answer;
+          try {
+            part = JSON.parse(line) as Answer;
+          } catch (cause) {
+            throw broken(url, 'ERR_ANSWER', `sent a line that is not JSON: ${line.slice(0, 100)}`, cause);
+          }
+          if (part.error !== undefined) throw broken(url, 'ERR_ANSWER', `stopped with an error: ${part.error}`, undefined);
+          answers.push(part);
+          const text = part.response ?? part.message?.content ?? '';
+          if (text !== '') call.onText?.(text);
+        },
+        end() {
+          if (!answers.at(-1)?.done) throw broken(url, 'ERR_STREAM', 'ended its stream in the middle', undefined);
+        },
+      };
+      await client.lines(path, body, handler, call.signal);
+    }
+    const last = answers.at(-1)!;
+    const pieces = answers.map((answer) => answer.response ?? answer.message?.content);
+    if (pieces.every((piece) => piece === undefined)) {
+      throw new ProviderError(`${url}/${path} answered without a text: ${JSON.stringify(last).slice(0, 200)}`, {
+        code: 'ERR_ANSWER',
+        argument: url,
+      });
+    }
+    const text = pieces.join('');
+    const tokens: TokenScore[] = answers.flatMap((answer) =>
+      (answer.logprobs ?? []).map(({ token, logprob, top_logprobs = [] }) => ({
+        text: token,
+        logProbability: logprob,
+        alternatives: top_logprobs.map((top) => ({ text: top.token, logProbability: top.logprob })),
+      })),
+    );
+    const usage = { promptTokens: last.prompt_eval_count ?? 0, completionTokens: last.eval_count ?? 0 };
+    count(meter, usage);
+    const completion: Completion = {
+      text: call.choices?.length ? unquoted(text) : text,
+      finish: last.done_reason === 'length' ? 'length' : 'stop',
+      usage,
+      ...(call.logProbabilities === undefined || tokens.length === 0 ? {} : { tokens }),
+    };
+    if (!stream) call.onText?.(completion.text);
+    return completion;
+  };
+
+  const complete = (prompt: string, call: CallOptions): Promise<Completion> =>
+    ask('api/generate', { ...fields(call), prompt, raw: true }, call);
+
+  return {
+    name,
+    model,
+    can,
+    concurrency,
+    meter,
+    complete: (prompt, call = {}) =>
+      limited(() => (call.firstTemperature === undefined ? complete(prompt, call) : completeInTwo(prompt, call, complete))),
+    chat: (messages, call = {}) => limited(() => ask('api/chat', { ...fields(call), messages }, call)),
+    embed: (texts, call = {}) =>
+      limited(async () => {
+        const answer = (await client.json('api/embed', { model, input: texts }, call.signal)) as {
+          embeddings?: number[][];
+          prompt_eval_count?: number;
+        };
+        if (answer.embeddings?.length !== texts.length) {
+          throw new ProviderError(`${url}/api/embed: ${texts.length} texts went in, not as many vectors came out`, {
+            code: 'ERR_ANSWER',
+            argument: url,
+          });
+        }
+        count(meter, { promptTokens: answer.prompt_eval_count ?? 0, completionTokens: 0 });
+        return answer.embeddings.map((vector) => Float32Array.from(vector));
+      }),
+    dispose: async () => client.close(),
+  };
+}
+
+/** An answer that was held to a JSON Schema of strings is a JSON string. */
+function unquoted(text: string): string {
+  try {
+    const value: unknown = JSON.parse(text);
+    return typeof value === 'string' ? value : text;
+  } catch {
+    return text;
+  }
+}
