@@ -93,6 +93,43 @@ export { concat, pick, slice, transpose } from './ops/view.ts';
 // Tensors and the engine
 export { plannedDevice, plannedDevices } from './plan/devices.ts';
 export { type Advice, type Plan, type PlanOptions, plan } from './plan/plan.ts';
+// Synthesis
+export {
+  type GatherOutput,
+  type GatherStage,
+  jsonlRecords,
+  numbers,
+  type Outcome,
+  type Pipeline,
+  type PipelineEvent,
+  type PipelineOptions,
+  pipeline,
+  type RecordSource,
+  type RecordStage,
+  readManifest,
+  readRecords,
+  recordsOf,
+  runPipeline,
+  type Stage,
+  type StageContext,
+  type StageSummary,
+} from './synth/pipeline.ts';
+export {
+  type Abilities,
+  type ChatMessage,
+  type Completion,
+  type CompletionOptions,
+  type Meter,
+  type Provider,
+  ProviderError,
+  type Sampling,
+  type TokenScore,
+  type Usage,
+} from './synth/provider.ts';
+export type { HttpOptions } from './synth/providers/http.ts';
+export { type OllamaOptions, ollamaProvider } from './synth/providers/ollama.ts';
+export { type OpenAIOptions, openaiProvider } from './synth/providers/openai.ts';
+export { type ServeOptions, type Serving, serve } from './synth/serve.ts';
 export type { CudaProbe } from './tensor/cuda.ts';
 export type { DataArray, DType } from './tensor/dtype.ts';
 export {

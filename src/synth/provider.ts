@@ -38,7 +38,7 @@ export interface Sampling {
 }
 
 /** What one call may be told beside the prompt. */
-export interface CallOptions extends Sampling {
+export interface CompletionOptions extends Sampling {
   readonly signal?: AbortSignal;
   /** Told each piece of text as it comes. */
   readonly onText?: (text: string) => void;
@@ -100,9 +100,9 @@ export interface Provider {
   readonly concurrency: number;
   readonly meter: Readonly<Meter>;
   /** Continues `prompt` as it stands. @throws ProviderError */
-  complete(prompt: string, options?: CallOptions): Promise<Completion>;
+  complete(prompt: string, options?: CompletionOptions): Promise<Completion>;
   /** The next turn of a conversation. @throws ProviderError */
-  chat(messages: readonly ChatMessage[], options?: CallOptions): Promise<Completion>;
+  chat(messages: readonly ChatMessage[], options?: CompletionOptions): Promise<Completion>;
   /** A vector for each text. @throws ProviderError */
   embed(texts: readonly string[], options?: { readonly signal?: AbortSignal }): Promise<Float32Array[]>;
   dispose(): Promise<void>;
@@ -190,8 +190,8 @@ export function count(meter: Meter, usage: Usage): void {
  */
 export async function completeInTwo(
   prompt: string,
-  { firstBias, firstTemperature, ...options }: CallOptions,
-  complete: (prompt: string, options: CallOptions) => Promise<Completion>,
+  { firstBias, firstTemperature, ...options }: CompletionOptions,
+  complete: (prompt: string, options: CompletionOptions) => Promise<Completion>,
 ): Promise<Completion> {
   const { maxTokens = 512, bias, temperature } = options;
   const first = await complete(prompt, {

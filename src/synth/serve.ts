@@ -3,7 +3,7 @@
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { DataError, LimbeckError } from '../tensor/errors.ts';
-import type { CallOptions, ChatMessage, Completion, Provider, TokenScore } from './provider.ts';
+import type { ChatMessage, Completion, CompletionOptions, Provider, TokenScore } from './provider.ts';
 
 export interface ServeOptions {
   /** 0 takes any free one. Default 8080. */
@@ -341,11 +341,11 @@ function legacyScores(tokens: readonly TokenScore[]) {
 }
 
 /** Copies of one prompt differ by their seed. */
-function withSeed(sampling: CallOptions, index: number): CallOptions {
+function withSeed(sampling: CompletionOptions, index: number): CompletionOptions {
   return { ...sampling, seed: ((sampling.seed ?? 0) + index) % 2 ** 31 };
 }
 
-function samplingOf(body: Record<string, unknown>, score: number | undefined, maxTokens: number | undefined): CallOptions {
+function samplingOf(body: Record<string, unknown>, score: number | undefined, maxTokens: number | undefined): CompletionOptions {
   const at = <K extends string, V>(name: K, value: V | undefined) => (value === undefined ? {} : { [name]: value });
   const { stop, logit_bias: bias, stop_token_ids: stopIds, structured_outputs: structured } = body;
   const stops = typeof stop === 'string' ? [stop] : (stop ?? []);

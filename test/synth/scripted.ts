@@ -3,9 +3,9 @@ import { createServer, type IncomingMessage, type ServerResponse } from 'node:ht
 import type { AddressInfo } from 'node:net';
 import {
   type Abilities,
-  type CallOptions,
   type ChatMessage,
   type Completion,
+  type CompletionOptions,
   limiter,
   type Provider,
 } from '../../src/synth/provider.ts';
@@ -13,8 +13,8 @@ import {
 type Answer = string | Partial<Completion>;
 
 export interface Script {
-  complete?(prompt: string, options: CallOptions): Answer | Promise<Answer>;
-  chat?(messages: readonly ChatMessage[], options: CallOptions): Answer | Promise<Answer>;
+  complete?(prompt: string, options: CompletionOptions): Answer | Promise<Answer>;
+  chat?(messages: readonly ChatMessage[], options: CompletionOptions): Answer | Promise<Answer>;
   embed?(texts: readonly string[]): Float32Array[];
   can?: Partial<Abilities>;
   concurrency?: number;
@@ -25,7 +25,7 @@ export function scripted(script: Script): Provider {
   const meter = { requests: 0, retries: 0, promptTokens: 0, completionTokens: 0 };
   const limited = limiter(script.concurrency ?? 4);
   const words = (text: string) => text.split(/\s+/).filter((word) => word !== '').length;
-  const finish = (prompt: string, answer: Answer, options: CallOptions): Completion => {
+  const finish = (prompt: string, answer: Answer, options: CompletionOptions): Completion => {
     options.signal?.throwIfAborted();
     const given = typeof answer === 'string' ? { text: answer } : answer;
     const text = given.text ?? '';

@@ -1,13 +1,13 @@
 import OpenAI from 'openai';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import type { CallOptions, ChatMessage } from '../../src/synth/provider.ts';
+import type { ChatMessage, CompletionOptions } from '../../src/synth/provider.ts';
 import { openaiProvider } from '../../src/synth/providers/openai.ts';
 import { type Serving, serve } from '../../src/synth/serve.ts';
 import { DataError } from '../../src/tensor/errors.ts';
 import { scripted } from './scripted.ts';
 
 // The protocol is under test here, not the model: what the provider is asked, and what becomes of its answers.
-const asked: { prompt: string | readonly ChatMessage[]; options: CallOptions }[] = [];
+const asked: { prompt: string | readonly ChatMessage[]; options: CompletionOptions }[] = [];
 const tokens = [
   { text: 'one ', logProbability: -0.5, alternatives: [{ text: 'two ', logProbability: -1 }] },
   { text: 'two', logProbability: -0.25, alternatives: [] },

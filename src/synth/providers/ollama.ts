@@ -2,8 +2,8 @@
 
 import {
   type Abilities,
-  type CallOptions,
   type Completion,
+  type CompletionOptions,
   checkAbilities,
   completeInTwo,
   count,
@@ -56,7 +56,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
   };
 
   // Ollama reads sampling from `options` only; at the top level it is silently ignored.
-  const fields = (call: CallOptions): Record<string, unknown> => {
+  const fields = (call: CompletionOptions): Record<string, unknown> => {
     checkAbilities(name, can, call);
     const { maxTokens = 512, temperature = 1, topP = 1, topK = 0, minP = 0, repetitionPenalty = 1, stop, seed, choices } = call;
     return {
@@ -78,7 +78,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
     };
   };
 
-  const ask = async (path: string, body: Record<string, unknown>, call: CallOptions): Promise<Completion> => {
+  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Completion> => {
     let answers: Answer[] = [];
     if (!stream) answers = [(await client.json(path, body, call.signal)) as Answer];
     else {
@@ -133,7 +133,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
     return completion;
   };
 
-  const complete = (prompt: string, call: CallOptions): Promise<Completion> =>
+  const complete = (prompt: string, call: CompletionOptions): Promise<Completion> =>
     ask('api/generate', { ...fields(call), prompt, raw: true }, call);
 
   return {

@@ -2,9 +2,9 @@
 
 import {
   type Abilities,
-  type CallOptions,
   type ChatMessage,
   type Completion,
+  type CompletionOptions,
   checkAbilities,
   completeInTwo,
   count,
@@ -66,7 +66,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     stopIds: dialect === 'vllm' || dialect === 'limbeck',
   };
 
-  const fields = (sampling: CallOptions, chat: boolean): Record<string, unknown> => {
+  const fields = (sampling: CompletionOptions, chat: boolean): Record<string, unknown> => {
     checkAbilities(name, can, sampling);
     const { maxTokens = 512, temperature = 1, topP, topK, minP, repetitionPenalty, stop, stopIds, bias, seed } = sampling;
     const { choices, logProbabilities } = sampling;
@@ -107,7 +107,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     };
   };
 
-  const ask = async (path: string, body: Record<string, unknown>, call: CallOptions): Promise<Completion> => {
+  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Completion> => {
     if (!stream) {
       const completion = read(path, (await client.json(path, body, call.signal)) as Answer);
       call.onText?.(completion.text);
@@ -169,7 +169,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     };
   };
 
-  const complete = (prompt: string, call: CallOptions): Promise<Completion> =>
+  const complete = (prompt: string, call: CompletionOptions): Promise<Completion> =>
     ask('completions', { ...fields(call, false), prompt }, call);
 
   return {
