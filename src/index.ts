@@ -21,6 +21,15 @@ export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeT
 export { distill } from './distill/distill.ts';
 export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
 // Files
+export {
+  type OnnxGraph,
+  type OnnxNode,
+  type OnnxOptions,
+  type OnnxTensor,
+  type OnnxType,
+  type OnnxValue,
+  writeOnnx,
+} from './io/onnx.ts';
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
 export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
 export {
@@ -50,6 +59,7 @@ export {
   modelConfig,
   saveModel,
 } from './models/model.ts';
+export { exportOnnx, type OnnxExportOptions } from './models/onnx.ts';
 export { type Preset, presets } from './models/presets.ts';
 // Parameters and models
 export {
@@ -86,7 +96,7 @@ export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNor
 export { type AdamWOptions, type AdamWState, adamw_, type Moment8 } from './ops/optimizer.ts';
 export { type Fp8Weight, linearFp8, quantizeFp8, type Weight } from './ops/quant.ts';
 export { randomNormal_ } from './ops/random.ts';
-export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from './ops/reduce.ts';
+export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum, topK } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, type RopeScaling, rope, ropeTable } from './ops/rotary.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';

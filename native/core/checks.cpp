@@ -114,6 +114,13 @@ void check_argmax(const Call& call) {
   fail(ErrorKind::shape, "ERR_SHAPE", call.op, "x", text("x has rows of no elements, which have no largest one"), text("c > 0"), text("c = 0"));
 }
 
+void check_top_k(const Call& call) {
+  const int64_t k = static_cast<int64_t>(call.scalar[0]), c = call.in[0].cols();
+  if (k >= 1 && k <= c) return;
+  fail(ErrorKind::shape, "ERR_SHAPE", call.op, "k", text("k is %lld of rows of %lld elements", Long{k}, Long{c}), text("1 to %lld", Long{c}),
+       text("%lld", Long{k}));
+}
+
 Error error_of(Fault fault, const char* name, int64_t at, double given, int64_t below) {
   const std::string op = name, position = std::to_string(at), value = std::to_string(static_cast<int64_t>(given));
   const std::string limit = std::to_string(below), last = std::to_string(below - 1);

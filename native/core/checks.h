@@ -25,6 +25,7 @@ void check_concat(const Call& call);
 void check_slice(const Call& call, int64_t start, int64_t m, int64_t n);
 void check_even_head(const Call& call, int64_t d, const char* argument);
 void check_argmax(const Call& call);
+void check_top_k(const Call& call);
 
 // ---- Data: what kernels find in it.
 

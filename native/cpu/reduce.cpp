@@ -139,6 +139,45 @@ static void argmax(const Call& call) {
   });
 }
 
+// top_k(x[* c], k) -> values[* k], ids[* k]:i32: the largest first, the first of equals before the others; a NaN counts as the largest.
+static void top_k(const Call& call) {
+  check_top_k(call);
+  const int64_t rows = call.in[0].rows(), c = call.in[0].cols(), k = static_cast<int64_t>(call.scalar[0]);
+  const float* x = call.in[0].as<float>();
+  float* values = call.out[0].as<float>();
+  int32_t* ids = call.out[1].as<int32_t>();
+  if (!values || !ids) return;
+  for_rows(call, rows, c, [=](int64_t row) {
+    const float* xr = x + row * c;
+    float* best = values + row * k;
+    int32_t* where = ids + row * k;
+    int64_t found = 0;
+    const auto above = [](float a, float b) __attribute__((always_inline)) { return a > b || (a != a && b == b); };
+    const auto offer = [&](float v, int64_t i) __attribute__((always_inline)) {
+      if (found == k && !above(v, best[k - 1])) return;
+      int64_t at = found < k ? found++ : k - 1;
+      for (; at > 0 && above(v, best[at - 1]); --at) best[at] = best[at - 1], where[at] = where[at - 1];
+      best[at] = v, where[at] = static_cast<int32_t>(i);
+    };
+    int64_t i = 0;
+    for (; i < k; ++i) offer(xr[i], i);
+    // Most vectors hold nothing that counts.
+    for (; i + 4 * W <= c; i += 4 * W) {
+      const float least = best[k - 1];
+      IVec some{};
+      for (int j = 0; j < 4; ++j) {
+        const Vec v = load(xr + i + j * W);
+        some |= (v > least) | (v != v);
+      }
+      int32_t any = 0;
+      for (int j = 0; j < W; ++j) any |= some[j];
+      if (any)
+        for (int64_t j = i; j < i + 4 * W; ++j) offer(xr[j], j);
+    }
+    for (; i < c; ++i) offer(xr[i], i);
+  });
+}
+
 // The largest element of a row; NaN where it holds one is not promised (the sum that follows brings it).
 LIMBECK_INLINE float row_max(const float* x, int64_t c) {
   Vec m = splat(-__builtin_inff());
@@ -211,6 +250,6 @@ static void log_softmax_backward(const Call& call) {
 
 LIMBECK_KERNELS(reduce, {"sum", sum_all, chunk_sums_bytes}, {"sum_backward", sum_backward}, {"mean", mean, chunk_sums_bytes},
                 {"mean_backward", mean_backward}, {"dot", dot, chunk_sums_bytes}, {"dot_backward", dot_backward},
-                {"squared_norm", squared_norm, chunk_sums_bytes}, {"is_finite", is_finite, chunk_sums_bytes}, {"argmax", argmax},
+                {"squared_norm", squared_norm, chunk_sums_bytes}, {"is_finite", is_finite, chunk_sums_bytes}, {"argmax", argmax}, {"top_k", top_k},
                 {"softmax", softmax}, {"softmax_backward", softmax_backward}, {"log_softmax", log_softmax},
                 {"log_softmax_backward", log_softmax_backward})

@@ -203,6 +203,45 @@ static void argmax(const Call& call) {
   for_rows<kVector<T>>(call, x.rows(), x.cols(), aligned(x.as<T>()), Argmax<T>{x.as<T>(), call.out[0].as<int32_t>()});
 }
 
+// The same over and over, each time below the one before: rows are read k times, mostly from the cache.
+template <class T>
+struct TopK {
+  const T* x;
+  int64_t count;
+  T* values;
+  int32_t* ids;
+  template <class Team, class L>
+  __device__ __forceinline__ void operator()(int64_t row, Team team, L) const {
+    const auto held = team.read(x + row * team.c);
+    unsigned long long before = ~0ull;
+    for (int64_t n = 0; n < count; ++n) {
+      unsigned long long best = 0;
+      team.each([&](int64_t i, int k) {
+        const auto v = held.get(i, k);
+#pragma unroll
+        for (int j = 0; j < L::count; ++j) {
+          const unsigned long long rank = rank_of(v[j], i + j);
+          if (rank < before) best = Larger{}(best, rank);
+        }
+      });
+      before = team.largest(best);
+      if (threadIdx.x > 0) continue;
+      const int64_t id = 0xffffffffu - static_cast<unsigned>(before);
+      ids[row * count + n] = static_cast<int32_t>(id);
+      values[row * count + n] = x[row * team.c + id];
+    }
+  }
+};
+
+// top_k(x[* c], k) -> values[* k], ids[* k]:i32: the largest first, the first of equals before the others; a NaN counts as the largest.
+template <class T>
+static void top_k(const Call& call) {
+  check_top_k(call);
+  const View& x = call.in[0];
+  const TopK<T> body{x.as<T>(), static_cast<int64_t>(call.scalar[0]), call.out[0].as<T>(), call.out[1].as<int32_t>()};
+  if (body.values && body.ids) for_rows<kVector<T>>(call, x.rows(), x.cols(), aligned(body.x), body);
+}
+
 // The largest element and the sum of exp(x - largest), in one pass: what was summed is scaled when a larger element comes.
 struct Normaliser {
   float top = -INFINITY, sum = 0;
@@ -289,5 +328,5 @@ LIMBECK_KERNELS(reduce, {"sum", BOTH_OF(sum_all, false), chunk_sums_bytes}, {"su
                 {"mean", BOTH_OF(sum_all, true), chunk_sums_bytes}, {"mean_backward", BOTH_OF(spread, true, 1)},
                 {"dot", BOTH(dot), chunk_sums_bytes}, {"dot_backward", by_dtype<dot_backward<float>, dot_backward<bf16>, 1>},
                 {"squared_norm", BOTH(squared_norm), chunk_sums_bytes}, {"is_finite", BOTH(is_finite), chunk_sums_bytes},
-                {"argmax", BOTH(argmax)}, {"softmax", BOTH_OF(softmax, false)}, {"softmax_backward", BOTH_OF(softmax_backward, false)},
+                {"argmax", BOTH(argmax)}, {"top_k", BOTH(top_k)}, {"softmax", BOTH_OF(softmax, false)}, {"softmax_backward", BOTH_OF(softmax_backward, false)},
                 {"log_softmax", BOTH_OF(softmax, true)}, {"log_softmax_backward", BOTH_OF(softmax_backward, true)})

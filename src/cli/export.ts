@@ -38,6 +38,16 @@ const exporters: Readonly<Record<string, Exporter>> = {
       return [];
     },
   },
+  onnx: {
+    description: 'a folder for transformers.js and ONNX Runtime',
+    types: ['f32', 'f16'],
+    suffix: '-onnx',
+    async write(out, { model, tokenizer }, { type, signal, onProgress }) {
+      const { exportOnnx } = await import('../models/onnx.ts');
+      await exportOnnx(out, model, tokenizer, { type: type as 'f32' | 'f16', signal, onProgress });
+      return [];
+    },
+  },
 };
 
 const formats = Object.entries(exporters);

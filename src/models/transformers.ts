@@ -39,9 +39,12 @@ export function toTransformers(c: DecoderConfig, tokenizer?: Tokenizer): Record<
   };
 }
 
-/** {@link toTransformers} as the text of a config.json, where a float keeps its point: Transformers refuses a cap of 30, it wants 30.0. */
-export function transformersText(c: DecoderConfig, tokenizer?: Tokenizer): string {
-  const text = JSON.stringify(toTransformers(c, tokenizer), null, 2);
+/**
+ * {@link toTransformers} as the text of a config.json, where a float keeps its point: Transformers refuses a cap of 30, it wants 30.0.
+ * @param more fields for other readers
+ */
+export function transformersText(c: DecoderConfig, tokenizer?: Tokenizer, more: Readonly<Record<string, unknown>> = {}): string {
+  const text = JSON.stringify({ ...toTransformers(c, tokenizer), ...more }, null, 2);
   const whole =
     /("(?:attn_logit_softcapping|final_logit_softcapping|rope_theta|rms_norm_eps|initializer_range|attention_dropout)": \d+)(?=[,\n])/g;
   return `${text.replace(whole, '$1.0')}\n`;

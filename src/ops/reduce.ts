@@ -1,4 +1,5 @@
 // Sums to one number (float64 inside, in an order that does not depend on threads), and reductions over the last dim, C wide.
+import { ShapeError } from '../tensor/errors.ts';
 import { op } from '../tensor/op.ts';
 import { noGrad } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
@@ -9,6 +10,7 @@ const dotOp = op({ forward: 'dot(a[*], b[*]) -> y[]:f32', backward: 'dot_backwar
 const squares = op({ forward: 'squared_norm(x[*], before[]:f64?) -> y[]:f64' });
 const finite = op({ forward: 'is_finite(x[*]) -> y[]:i32' });
 const largest = op({ forward: 'argmax(x[* c]) -> y[*]:i32' });
+const topOp = op({ forward: 'top_k(x[* c], k) -> values[* k], ids[* k]:i32' });
 const soft = op({ forward: 'softmax(x[* c]) -> y[* c]', backward: 'softmax_backward(dy[* c], y[* c]) -> dx[* c]+' });
 const logSoft = op({ forward: 'log_softmax(x[* c]) -> y[* c]', backward: 'log_softmax_backward(dy[* c], y[* c]) -> dx[* c]+' });
 
@@ -67,6 +69,28 @@ export function allFinite(x: Tensor): Tensor {
  */
 export function argmax(x: Tensor): Tensor {
   return noGrad(() => largest(x)[0]!);
+}
+
+/**
+ * The k largest elements of each row, the largest first; of equals the first, and a NaN counts as largest. No gradient flows.
+ * @param x [* C]
+ * @param k from 1 to C
+ * @returns values and ids [* k]; ids are i32
+ * @throws ShapeError when k is out of range.
+ */
+export function topK(x: Tensor, k: number): { readonly values: Tensor; readonly ids: Tensor } {
+  const c = x.shape.at(-1) ?? 0;
+  if (!(Number.isInteger(k) && k >= 1 && k <= c)) {
+    throw new ShapeError(`topK: k is ${k} of rows of ${c} elements`, {
+      code: 'ERR_SHAPE',
+      op: 'topK',
+      argument: 'k',
+      expected: `1 to ${c}`,
+      actual: String(k),
+    });
+  }
+  const [values, ids] = noGrad(() => topOp(x, k));
+  return { values: values!, ids: ids! };
 }
 
 /**

@@ -53,6 +53,20 @@ export function ropeTable(positions: Tensor, { headSize, base = 10_000, scaling 
   return table(positions, headSize, base, factor, lowFrequency, highFrequency, context)[0]!;
 }
 
+/** The frequencies [D/2] that {@link ropeTable} turns by, in radians a token: for files of other programs. */
+export function ropeFrequencies({ headSize, base = 10_000, scaling = null }: RopeOptions): Float64Array {
+  return Float64Array.from({ length: headSize / 2 }, (_, i) => {
+    const frequency = base ** ((-2 * i) / headSize);
+    if (scaling === null) return frequency;
+    const slow = frequency / scaling.factor;
+    if (scaling.kind === 'linear') return slow;
+    const { lowFrequency: low, highFrequency: high, context } = scaling;
+    const turns = (context * frequency) / (2 * Math.PI);
+    const share = Math.min(1, Math.max(0, (turns - low) / (high - low)));
+    return (1 - share) * slow + share * frequency;
+  });
+}
+
 /**
  * Turns dims i and i + D/2 of each head by the angles of its token (the half-split layout of Gemma, Llama and NeoX).
  * Su et al., "RoFormer" (arXiv 2104.09864).

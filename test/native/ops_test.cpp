@@ -146,6 +146,7 @@ TEST(reductions) {
   same_bits("squared_norm", [] { return tensors(Tensor({N}), Tensor({}, f64)); }, [] { return tensors(Tensor({}, f64)); });
   same_bits("is_finite", [] { return tensors(Tensor({N})); }, [] { return tensors(Tensor({}, i32)); });
   same_bits("argmax", [] { return tensors(Tensor({R, C})); }, [] { return tensors(Tensor({R}, i32)); });
+  same_bits("top_k", [] { return tensors(Tensor({R, C})); }, [] { return tensors(Tensor({R, 7}), Tensor({R, 7}, i32)); }, {7});
   for (const char* name : {"softmax", "log_softmax"})
     same_bits(name, [] { return tensors(Tensor({R, C})); }, [] { return tensors(Tensor({R, C})); });
   for (const char* name : {"softmax_backward", "log_softmax_backward"})

@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { cast } from '../../src/ops/elementwise.ts';
-import { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum } from '../../src/ops/reduce.ts';
+import { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum, topK } from '../../src/ops/reduce.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
@@ -66,6 +66,12 @@ const softmax64 = (row: Float64Array): Float64Array => {
   const z = total(e);
   return e.map((x) => x / z);
 };
+/** Places of a row, the largest first: NaN, then by value, equals in order. */
+const ranked = (row: Float64Array): number[] =>
+  Array.from(row.keys()).sort((a, b) => {
+    const [x, y] = [row[a]!, row[b]!];
+    return Number(Number.isNaN(y)) - Number(Number.isNaN(x)) || (Number.isNaN(x) || x === y ? a - b : y > x ? 1 : -1);
+  });
 const where = (row: Float64Array): number => (row.some(Number.isNaN) ? row.findIndex(Number.isNaN) : row.indexOf(largest(row)));
 
 checkOp({ name: 'softmax', run: (x) => softmax(x!), reference: (x) => rowwise(x!, softmax64), cases: same(1, withRows) });
@@ -89,6 +95,33 @@ checkOp({
   cases: same(1, withRows),
   gradient: false,
 });
+
+for (const k of [1, 4, 5]) {
+  checkOp({
+    name: `top_k, k = ${k}`,
+    run: (x) => {
+      const { values, ids } = topK(x!, k);
+      return [values, ids];
+    },
+    reference: (x) => {
+      const c = x!.shape.at(-1)!;
+      const shape = [...x!.shape.slice(0, -1), k];
+      const ids = Array.from({ length: x!.data.length / c }, (_, i) => ranked(x!.data.subarray(i * c, i * c + c)).slice(0, k));
+      return [
+        array(
+          shape,
+          ids.flatMap((row, i) => row.map((j) => x!.data[i * c + j]!)),
+        ),
+        array(shape, ids.flat()),
+      ];
+    },
+    cases: same(
+      1,
+      withRows.filter((shape) => shape.at(-1)! >= k),
+    ),
+    gradient: false,
+  });
+}
 
 async function readAll(f: () => Tensor[]): Promise<number[][]> {
   const made = scope(f);
@@ -172,4 +205,27 @@ test('argmax and allFinite may be called where a tape records', async () => {
   });
   expect(await x.grad!.read()).toEqual(Float32Array.of(1, 1, 1));
   for (const t of [x, loss, ...found]) t.dispose();
+});
+
+test('topK: equals in order, NaN first, -0 is 0, and every order of what comes', async () => {
+  const inf = Number.NEGATIVE_INFINITY;
+  const rows = [
+    [1, 5, 5, 0],
+    [inf, inf, inf, inf],
+    [Number.NaN, 9, Number.NaN, 1],
+    [-0, 0, -1, -2],
+  ];
+  const read = (k: number) =>
+    readAll(() => {
+      const { values, ids } = topK(tensor(rows.flat(), [4, 4]), k);
+      return [values, ids];
+    });
+  expect((await read(3))[1]).toEqual([1, 2, 0, 0, 1, 2, 0, 2, 1, 0, 1, 2]);
+  const sorted = Array.from({ length: 200 }, (_, i) => i);
+  for (const row of [sorted, sorted.toReversed(), sorted.map((i) => (i * 67) % 200)]) {
+    const [values, ids] = await readAll(() => Object.values(topK(tensor(row), 200)));
+    expect(values).toEqual(sorted.toReversed());
+    expect(ids!.map((i) => row[i])).toEqual(values);
+  }
+  for (const k of [0, 5, 1.5]) expect(() => scope(() => topK(tensor(rows.flat(), [4, 4]), k))).toThrow(ShapeError);
 });

@@ -1,0 +1,136 @@
+// The folder that transformers.js loads: a model as ONNX, its configuration and tokenizer.
+import { readdir } from 'node:fs/promises';
+import { join } from 'node:path';
+import { writeAll, writeAtomic } from '../io/atomic.ts';
+import { toHalf } from '../io/half.ts';
+import { type OnnxGraph, writeOnnx } from '../io/onnx.ts';
+import { cast, copy } from '../ops/elementwise.ts';
+import { reshape, rows } from '../ops/reshape.ts';
+import { transpose } from '../ops/view.ts';
+import { ConfigError } from '../tensor/errors.ts';
+import { keep, scope } from '../tensor/scope.ts';
+import { readAs, type Tensor } from '../tensor/tensor.ts';
+import { packageVersion } from '../tensor/version.ts';
+import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import type { LanguageModel } from './model.ts';
+import { decoderGraph, type GraphParameter, opset } from './onnx-graph.ts';
+import { transformersText } from './transformers.ts';
+
+export interface OnnxExportOptions {
+  /** Of the matrices; they are computed with in float32 either way. Default `f32`. */
+  readonly type?: 'f32' | 'f16';
+  /** Weights in a file of their own: `true`, `false`, or only where one file would exceed 2 GiB. Default `auto`. */
+  readonly external?: boolean | 'auto';
+  /** Stops the export; files that are not complete are removed. */
+  readonly signal?: AbortSignal;
+  /** Told of the bytes of weights written so far, and of all. */
+  readonly onProgress?: (progress: { readonly done: number; readonly total: number }) => void;
+}
+
+// The names that transformers.js looks for, and its word for each type.
+const variants = {
+  f32: { file: 'model.onnx', dtype: 'fp32', type: 'float' },
+  f16: { file: 'model_fp16.onnx', dtype: 'fp16', type: 'float16' },
+} as const;
+
+// Values of a weight in memory at a time.
+const RUN = 1 << 22;
+
+/**
+ * Writes a folder that transformers.js and ONNX Runtime load: onnx/model.onnx (f16: onnx/model_fp16.onnx), config.json,
+ * generation_config.json and the tokenizer. Each file replaces an old one only when complete. Keys and values are inputs and outputs, as
+ * {@link decoderGraph} tells.
+ * @throws ConfigError for an architecture that has no graph here, for weights of 8 or 4 bits and for a value that f16 cannot hold;
+ * FileError `ERR_WRITE`; the reason of `signal`.
+ */
+export async function exportOnnx(
+  folder: string,
+  model: LanguageModel,
+  tokenizer?: Tokenizer,
+  options: OnnxExportOptions = {},
+): Promise<void> {
+  const { file, dtype, type } = variants[options.type ?? 'f32'];
+  const graph = graphOf(model, type, options);
+  const onnx = join(folder, 'onnx');
+  await writeOnnx(join(onnx, file), graph, {
+    opset,
+    producer: { name: 'limbeck', version: packageVersion() },
+    external: options.external ?? 'auto',
+  });
+  // transformers.js fetches a file of weights only where it is told of one.
+  const external = (await readdir(onnx)).flatMap((name) =>
+    name.endsWith('.onnx_data') ? [[name.slice(0, -'_data'.length), 1]] : [],
+  );
+  const hints = { dtype, use_external_data_format: Object.fromEntries(external) };
+  const config = transformersText(model.config, tokenizer, { 'transformers.js_config': hints });
+  await writeText(join(folder, 'config.json'), config);
+  const ids = { bos_token_id: tokenizer?.bos, eos_token_id: tokenizer?.eos, pad_token_id: tokenizer?.pad };
+  await writeText(join(folder, 'generation_config.json'), `${JSON.stringify(ids, null, 2)}\n`);
+  await tokenizer?.save(folder);
+}
+
+const writeText = (path: string, text: string): Promise<void> => writeAtomic(path, (file) => writeAll(file, Buffer.from(text)));
+
+function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onProgress }: OnnxExportOptions): OnnxGraph {
+  const stored = new Map(model.parameters.list.map(({ name, tensor }) => [name, tensor]));
+  let done = 0;
+  const graph = decoderGraph(model.config, type, (parameter) => {
+    const tensor = stored.get(parameter.name);
+    if (tensor === undefined) {
+      throw new ConfigError(
+        `exportOnnx: '${parameter.name}' is kept in 8 or 4 bits; load the model with whole weights to export it`,
+        {
+          code: 'ERR_CONFIG',
+          op: 'exportOnnx',
+          argument: parameter.name,
+        },
+      );
+    }
+    return async function* () {
+      for await (const values of valuesOf(tensor, parameter)) {
+        signal?.throwIfAborted();
+        yield values;
+        done += values.byteLength;
+        onProgress?.({ done, total });
+      }
+    };
+  });
+  const total = graph.tensors.reduce(
+    (n, { data, shape, type }) => (typeof data === 'function' ? n + shape.reduce((a, b) => a * b, type === 'float' ? 4 : 2) : n),
+    0,
+  );
+  return graph;
+}
+
+/** The values of a parameter as the graph takes them, some at a time. */
+async function* valuesOf(tensor: Tensor, { name, type, transposed, plus }: GraphParameter) {
+  const turned = transposed ? keep(scope(() => transpose(tensor))) : undefined;
+  const all = turned ?? tensor;
+  try {
+    for (let from = 0; from < all.size; from += RUN) {
+      const run = keep(
+        scope(() => {
+          const part = rows(reshape(all, [all.size]), from, Math.min(all.size, from + RUN));
+          return part.dtype === 'f32' ? copy(part) : cast(part, 'f32');
+        }),
+      );
+      const values = await readAs(run, 'f32').finally(() => run.dispose());
+      if (plus !== 0) for (let i = 0; i < values.length; i++) values[i]! += plus;
+      yield type === 'float16' ? halves(values, name) : values;
+    }
+  } finally {
+    turned?.dispose();
+  }
+}
+
+function halves(values: Float32Array, name: string): Uint16Array {
+  const wide = values.find((value) => Math.abs(value) >= 65_520);
+  if (wide === undefined) return Uint16Array.from(new Int32Array(values.buffer, values.byteOffset, values.length), toHalf);
+  throw new ConfigError(`exportOnnx: '${name}' has a value of ${wide}, which f16 cannot hold; export it as f32`, {
+    code: 'ERR_CONFIG',
+    op: 'exportOnnx',
+    argument: name,
+    expected: 'magnitudes below 65520',
+    actual: String(wide),
+  });
+}
