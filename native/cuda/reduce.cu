@@ -213,7 +213,7 @@ struct TopK {
   template <class Team, class L>
   __device__ __forceinline__ void operator()(int64_t row, Team team, L) const {
     const auto held = team.read(x + row * team.c);
-    unsigned long long before = ~0ull;
+    unsigned long long most = ~0ull;
     for (int64_t n = 0; n < count; ++n) {
       unsigned long long best = 0;
       team.each([&](int64_t i, int k) {
@@ -221,12 +221,13 @@ struct TopK {
 #pragma unroll
         for (int j = 0; j < L::count; ++j) {
           const unsigned long long rank = rank_of(v[j], i + j);
-          if (rank < before) best = Larger{}(best, rank);
+          if (rank <= most) best = Larger{}(best, rank);
         }
       });
-      before = team.largest(best);
+      best = team.largest(best);
+      most = best - 1;
       if (threadIdx.x > 0) continue;
-      const int64_t id = 0xffffffffu - static_cast<unsigned>(before);
+      const int64_t id = 0xffffffffu - static_cast<unsigned>(best);
       ids[row * count + n] = static_cast<int32_t>(id);
       values[row * count + n] = x[row * team.c + id];
     }
