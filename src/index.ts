@@ -104,6 +104,33 @@ export { concat, pick, slice, transpose } from './ops/view.ts';
 export { plannedDevice, plannedDevices } from './plan/devices.ts';
 export { type Advice, type Plan, type PlanOptions, plan } from './plan/plan.ts';
 // Synthesis
+export { type DedupeOptions, dedupe, dedupeText, embed } from './synth/dedupe.ts';
+export { type FilterOptions, type FilterRecipe, filter, filterRecipe, filterRecipes } from './synth/filter.ts';
+export {
+  type Comparison,
+  expectedScore,
+  type Judged,
+  type JudgeOptions,
+  judgePair,
+  judgeRubric,
+  judgeScore,
+  type RewardOptions,
+  readScore,
+  reward,
+  type Score,
+  type Winner,
+} from './synth/judge.ts';
+export { type InstructionSampling, type MagpieOptions, magpie, type Steering } from './synth/magpie/magpie.ts';
+export { type Refusal, type Sanitized, type SanitizeOptions, sanitize } from './synth/magpie/sanitize.ts';
+export {
+  type PreQuery,
+  type PreQueryFamily,
+  preQueryFamilies,
+  preQueryFromTemplate,
+  preQueryOf,
+} from './synth/magpie/templates.ts';
+export { type MinHashIndex, type MinHashOptions, minHashIndex } from './synth/minhash.ts';
+export { type NeighbourOptions, type Neighbours, neighbours } from './synth/neighbours.ts';
 export {
   type GatherOutput,
   type GatherStage,
@@ -127,11 +154,11 @@ export {
 export {
   type Abilities,
   type ChatMessage,
-  type Completion,
   type CompletionOptions,
   type Meter,
   type Provider,
   ProviderError,
+  type Reply,
   type Sampling,
   type TokenScore,
   type Usage,
@@ -139,7 +166,31 @@ export {
 export type { HttpOptions } from './synth/providers/http.ts';
 export { type OllamaOptions, ollamaProvider } from './synth/providers/ollama.ts';
 export { type OpenAIOptions, openaiProvider } from './synth/providers/openai.ts';
+export {
+  type Category,
+  type Difficulty,
+  type InstructionRecord,
+  instructionOf,
+  type Nearest,
+  type Origin,
+  type Quality,
+  responseOf,
+  type Tags,
+} from './synth/record.ts';
 export { type ServeOptions, type Serving, serve } from './synth/serve.ts';
+export {
+  type BootstrapOptions,
+  bootstrap,
+  correlation,
+  cost,
+  type Interval,
+  type Lengths,
+  lengths,
+  type Prices,
+  type WinRate,
+  winRate,
+} from './synth/statistics.ts';
+export { type Mission, missions, type TagOptions, tag } from './synth/tag.ts';
 export type { CudaProbe } from './tensor/cuda.ts';
 export type { DataArray, DType } from './tensor/dtype.ts';
 export {

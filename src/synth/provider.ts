@@ -58,7 +58,7 @@ export interface TokenScore {
   readonly alternatives: readonly { readonly text: string; readonly logProbability: number }[];
 }
 
-export interface Completion {
+export interface Reply {
   readonly text: string;
   /** `stop`: the model ended, or a stop text came; `length`: it was cut off. */
   readonly finish: 'stop' | 'length';
@@ -100,9 +100,9 @@ export interface Provider {
   readonly concurrency: number;
   readonly meter: Readonly<Meter>;
   /** Continues `prompt` as it stands. @throws ProviderError */
-  complete(prompt: string, options?: CompletionOptions): Promise<Completion>;
+  complete(prompt: string, options?: CompletionOptions): Promise<Reply>;
   /** The next turn of a conversation. @throws ProviderError */
-  chat(messages: readonly ChatMessage[], options?: CompletionOptions): Promise<Completion>;
+  chat(messages: readonly ChatMessage[], options?: CompletionOptions): Promise<Reply>;
   /** A vector for each text. @throws ProviderError */
   embed(texts: readonly string[], options?: { readonly signal?: AbortSignal }): Promise<Float32Array[]>;
   dispose(): Promise<void>;
@@ -191,8 +191,8 @@ export function count(meter: Meter, usage: Usage): void {
 export async function completeInTwo(
   prompt: string,
   { firstBias, firstTemperature, ...options }: CompletionOptions,
-  complete: (prompt: string, options: CompletionOptions) => Promise<Completion>,
-): Promise<Completion> {
+  complete: (prompt: string, options: CompletionOptions) => Promise<Reply>,
+): Promise<Reply> {
   const { maxTokens = 512, bias, temperature } = options;
   const first = await complete(prompt, {
     ...options,

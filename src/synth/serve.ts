@@ -3,7 +3,7 @@
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { DataError, LimbeckError } from '../tensor/errors.ts';
-import type { ChatMessage, Completion, CompletionOptions, Provider, TokenScore } from './provider.ts';
+import type { ChatMessage, CompletionOptions, Provider, Reply, TokenScore } from './provider.ts';
 
 export interface ServeOptions {
   /** 0 takes any free one. Default 8080. */
@@ -284,7 +284,7 @@ type Frame = (index: number, text: string, finish: string | null, tokens?: reado
 async function streamed(
   response: ServerResponse,
   count: number,
-  run: (index: number, onText: (text: string) => void) => Promise<Completion>,
+  run: (index: number, onText: (text: string) => void) => Promise<Reply>,
   frame: Frame,
 ) {
   const begin = () => {
@@ -313,7 +313,7 @@ function event(response: ServerResponse, value: unknown): void {
 const wantsUsage = (body: Record<string, unknown>) =>
   (body.stream_options as { include_usage?: boolean } | undefined)?.include_usage === true;
 
-function usageOf(done: readonly Completion[]) {
+function usageOf(done: readonly Reply[]) {
   const sum = (field: 'promptTokens' | 'completionTokens') => done.reduce((total, { usage }) => total + usage[field], 0);
   const [prompt, completion] = [sum('promptTokens'), sum('completionTokens')];
   return { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };

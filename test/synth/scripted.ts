@@ -4,13 +4,13 @@ import type { AddressInfo } from 'node:net';
 import {
   type Abilities,
   type ChatMessage,
-  type Completion,
   type CompletionOptions,
   limiter,
   type Provider,
+  type Reply,
 } from '../../src/synth/provider.ts';
 
-type Answer = string | Partial<Completion>;
+type Answer = string | Partial<Reply>;
 
 export interface Script {
   complete?(prompt: string, options: CompletionOptions): Answer | Promise<Answer>;
@@ -25,7 +25,7 @@ export function scripted(script: Script): Provider {
   const meter = { requests: 0, retries: 0, promptTokens: 0, completionTokens: 0 };
   const limited = limiter(script.concurrency ?? 4);
   const words = (text: string) => text.split(/\s+/).filter((word) => word !== '').length;
-  const finish = (prompt: string, answer: Answer, options: CompletionOptions): Completion => {
+  const finish = (prompt: string, answer: Answer, options: CompletionOptions): Reply => {
     options.signal?.throwIfAborted();
     const given = typeof answer === 'string' ? { text: answer } : answer;
     const text = given.text ?? '';

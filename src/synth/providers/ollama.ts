@@ -2,7 +2,6 @@
 
 import {
   type Abilities,
-  type Completion,
   type CompletionOptions,
   checkAbilities,
   completeInTwo,
@@ -11,6 +10,7 @@ import {
   type Meter,
   type Provider,
   ProviderError,
+  type Reply,
   type TokenScore,
 } from '../provider.ts';
 import { broken, type HttpOptions, httpClient } from './http.ts';
@@ -78,7 +78,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
     };
   };
 
-  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Completion> => {
+  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Reply> => {
     let answers: Answer[] = [];
     if (!stream) answers = [(await client.json(path, body, call.signal)) as Answer];
     else {
@@ -123,7 +123,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
     );
     const usage = { promptTokens: last.prompt_eval_count ?? 0, completionTokens: last.eval_count ?? 0 };
     count(meter, usage);
-    const completion: Completion = {
+    const completion: Reply = {
       text: call.choices?.length ? unquoted(text) : text,
       finish: last.done_reason === 'length' ? 'length' : 'stop',
       usage,
@@ -133,7 +133,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
     return completion;
   };
 
-  const complete = (prompt: string, call: CompletionOptions): Promise<Completion> =>
+  const complete = (prompt: string, call: CompletionOptions): Promise<Reply> =>
     ask('api/generate', { ...fields(call), prompt, raw: true }, call);
 
   return {

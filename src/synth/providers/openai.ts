@@ -3,7 +3,6 @@
 import {
   type Abilities,
   type ChatMessage,
-  type Completion,
   type CompletionOptions,
   checkAbilities,
   completeInTwo,
@@ -12,6 +11,7 @@ import {
   type Meter,
   type Provider,
   ProviderError,
+  type Reply,
   type TokenScore,
   type Usage,
 } from '../provider.ts';
@@ -107,7 +107,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     };
   };
 
-  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Completion> => {
+  const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Reply> => {
     if (!stream) {
       const completion = read(path, (await client.json(path, body, call.signal)) as Answer);
       call.onText?.(completion.text);
@@ -151,7 +151,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     return completion;
   };
 
-  const read = (path: string, answer: Answer): Completion => {
+  const read = (path: string, answer: Answer): Reply => {
     const choice = answer.choices?.[0];
     const text = choice?.text ?? choice?.message?.content;
     if (choice === undefined || typeof text !== 'string') {
@@ -169,7 +169,7 @@ export function openaiProvider(options: OpenAIOptions): Provider {
     };
   };
 
-  const complete = (prompt: string, call: CompletionOptions): Promise<Completion> =>
+  const complete = (prompt: string, call: CompletionOptions): Promise<Reply> =>
     ask('completions', { ...fields(call, false), prompt }, call);
 
   return {
