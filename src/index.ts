@@ -95,7 +95,7 @@ export {
 export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
 export { type AdamWOptions, type AdamWState, adamw_, type Moment8 } from './ops/optimizer.ts';
 export { type Fp8Weight, linearFp8, quantizeFp8, type Weight } from './ops/quant.ts';
-export { randomNormal_ } from './ops/random.ts';
+export { addNoise, randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum, topK } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, type RopeScaling, rope, ropeTable } from './ops/rotary.ts';

@@ -42,6 +42,45 @@ static void random_normal(const Call& call) {
   for_elements<4>(call, call.in[0].size(), aligned(body.y), body);
 }
 
+template <class T>
+struct Noise {
+  const T* x;
+  const float* size;
+  Sink<T> y;
+  int64_t c;
+  uint64_t seed, stream;
+
+  // Element i moved by up to its row's size, either way.
+  __device__ __forceinline__ float moved(int64_t i, float from, uint32_t bits) const {
+    return from + size[i / c] * (2.f * uniform(bits) - 1.f);
+  }
+  __device__ __forceinline__ void operator()(int64_t i, Lanes<4> lanes) const {
+    const auto bits = random_block(seed, stream, static_cast<uint64_t>(i / 4));
+    auto v = lanes.get(x + i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = moved(i + k, v[k], bits[k]);
+    y.put(i, lanes, v);
+  }
+  __device__ __forceinline__ void operator()(int64_t i, Lanes<1> lanes) const {
+    const auto bits = random_block(seed, stream, static_cast<uint64_t>(i / 4));
+    y.put(i, lanes, Floats<1>{{moved(i, lanes.get(x + i)[0], bits[static_cast<size_t>(i % 4)])}});
+  }
+};
+
+// add_noise(x[* c], size[*]:f32, seed, stream) -> y[* c]
+template <class T>
+static void add_noise(const Call& call) {
+  const int64_t n = call.in[0].size();
+  const Noise<T> body{call.in[0].as<T>(),
+                      call.in[1].as<float>(),
+                      Sink<T>(call, 0),
+                      n == 0 ? 1 : n / call.in[1].size(),
+                      static_cast<uint64_t>(call.scalar[0]),
+                      static_cast<uint64_t>(call.scalar[1])};
+  for_elements<4>(call, n, aligned(body.x, body.y.data), body);
+}
+
 }  // namespace limbeck::cuda
 
-LIMBECK_KERNELS(random, {"random_normal", by_dtype<random_normal<float>, random_normal<bf16>>})
+LIMBECK_KERNELS(random, {"random_normal", by_dtype<random_normal<float>, random_normal<bf16>>},
+                {"add_noise", by_dtype<add_noise<float>, add_noise<bf16>>})

@@ -58,6 +58,8 @@ export interface ModelInput {
 export interface ForwardOptions {
   /** Keep only each layer's input and compute the layer again in the backward pass. Default false. */
   readonly recompute?: boolean;
+  /** Changes the embeddings [B T C] before the first layer: noise, for one. Default: they stay as they are. */
+  readonly embedded?: (x: Tensor) => Tensor;
 }
 
 /** Makes and throws the error of a field of an architecture's config. */

@@ -137,6 +137,7 @@ export function decoderHidden(p: DecoderParameters, c: DecoderConfig, input: Mod
     x.dispose();
     x = y;
   };
+  if (options.embedded !== undefined) next(options.embedded(x));
   for (const [i, layer] of p.layers.entries()) {
     const table = tables(i); // outside the layer's scope: the next layer turns by it too
     const run = (h: Tensor): Tensor => decoderLayer(layer, c, i, h, table, input);

@@ -1,6 +1,10 @@
 import { op } from '../tensor/op.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
+const noise = op({
+  forward: 'add_noise(x[* c], size[*]:f32, seed, stream) -> y[* c]',
+  backward: 'add_noise_backward(dy[* c]) -> dx = dy',
+});
 const normal = op({ forward: 'random_normal(y[*]&, seed, stream, std) -> ' });
 
 /**
@@ -11,4 +15,16 @@ const normal = op({ forward: 'random_normal(y[*]&, seed, stream, std) -> ' });
  */
 export function randomNormal_(y: Tensor, seed: number, stream: number, std: number): void {
   normal(y, seed, stream, std);
+}
+
+/**
+ * x + size · u, where u is uniform in [-1, 1): element i moves by a number that depends on (seed, stream, i) alone. The gradient of x is
+ * that of the result.
+ * @param x [* C]
+ * @param size [*], f32: how far the elements of a row may move.
+ * @param stream tells apart draws of one seed.
+ * @returns [* C]
+ */
+export function addNoise(x: Tensor, size: Tensor, seed: number, stream: number): Tensor {
+  return noise(x, size, seed, stream)[0]!;
 }

@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
-import { randomNormal_ } from '../../src/ops/random.ts';
-import { randomBlock } from '../../src/tensor/random.ts';
+import { addNoise, randomNormal_ } from '../../src/ops/random.ts';
+import { randomBlock, uniform } from '../../src/tensor/random.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
-import { bf16Bits, computes, fromBf16 } from './check.ts';
+import { type Array64, bf16Bits, checkOp, computes, fromBf16 } from './check.ts';
 
 /** The same by the same formula: pairs by Box and Muller, in float64. */
 function normals(n: number, seed: number, stream: number, std: number): Float32Array {
@@ -51,4 +51,40 @@ test('a part of the numbers does not depend on how many there are', async () => 
   expect(Math.abs(mean)).toBeLessThan(0.03);
   expect(Math.abs(square - 1)).toBeLessThan(0.05);
   for (const t of [few, many]) t.dispose();
+});
+
+const sizeOfRow = (row: number) => Math.fround(0.1 * (row % 7));
+
+/** Each element moved by up to its row's size. */
+function moved(x: Array64): Array64 {
+  const c = x.shape.at(-1)!;
+  const block = new Uint32Array(4);
+  const u = (i: number) => 2 * uniform(randomBlock(5, 2 ** 33 + 1, Math.floor(i / 4), block)[i % 4]!) - 1;
+  return { shape: x.shape, data: x.data.map((v, i) => v + sizeOfRow(Math.floor(i / c)) * u(i)) };
+}
+
+checkOp({
+  name: 'addNoise',
+  run: (x) => {
+    const lead = x!.shape.slice(0, -1);
+    const rows = lead.reduce((n, d) => n * d, 1);
+    return addNoise(
+      x!,
+      tensor(
+        Float32Array.from({ length: rows }, (_, r) => sizeOfRow(r)),
+        lead,
+      ),
+      5,
+      2 ** 33 + 1,
+    );
+  },
+  reference: (x) => moved(x!),
+  cases: [
+    [1, 1],
+    [2, 3, 5],
+    [0, 4],
+    [3, 8],
+    [7, 13],
+    [700, 13],
+  ].map((shape) => [{ shape }]),
 });
