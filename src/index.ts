@@ -252,6 +252,7 @@ export { type DeviceBatch, upload } from './train/batch.ts';
 export {
   type DistillConfig,
   defineRun,
+  type FinetuneConfig,
   loadRun,
   type PretrainConfig,
   parseRun,
@@ -261,6 +262,7 @@ export {
   type Schedule,
 } from './train/config.ts';
 export type * from './train/events.ts';
+export { finetune } from './train/finetune.ts';
 export type { LoopOptions } from './train/loop.ts';
 export { createOptimizer, type Optimizer } from './train/optimizer.ts';
 export { pretrain } from './train/pretrain.ts';

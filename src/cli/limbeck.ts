@@ -9,6 +9,7 @@ import { distill } from './distill.ts';
 import { doctor } from './doctor.ts';
 import { evaluate } from './evaluate.ts';
 import { exportCommand } from './export.ts';
+import { finetune } from './finetune.ts';
 import { generate } from './generate.ts';
 import { plan } from './plan.ts';
 import { pretrain } from './pretrain.ts';
@@ -17,6 +18,7 @@ import { report } from './report.ts';
 const commands: Readonly<Record<string, Command>> = {
   pretrain,
   distill,
+  finetune,
   evaluate,
   generate,
   export: exportCommand,
@@ -27,7 +29,7 @@ const commands: Readonly<Record<string, Command>> = {
 };
 
 const root = command({
-  meta: { name: 'limbeck', version: packageVersion(), description: 'Pretrain and distil language models.' },
+  meta: { name: 'limbeck', version: packageVersion(), description: 'Pretrain, distil and finetune language models.' },
   subCommands: commands,
   examples: `
 # can this machine train?

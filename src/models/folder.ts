@@ -25,13 +25,14 @@ export async function checkpointFolders(output: string): Promise<string[]> {
     .map((name) => join(folder, name));
 }
 
-/** Removes what a killed process left half-written, and all but the newest `keep` checkpoints. */
-export async function pruneCheckpoints(output: string, keep: number): Promise<void> {
+/** Removes what a killed process left half-written, and all checkpoints but the newest `keep` and that of step `best`. */
+export async function pruneCheckpoints(output: string, keep: number, best?: number): Promise<void> {
   const folder = join(output, 'checkpoints');
   const partial = (await readdir(folder)).filter(isPartial).map((name) => join(folder, name));
   const all = await checkpointFolders(output);
-  for (const path of [...partial, ...all.slice(0, Math.max(0, all.length - keep))])
-    await rm(path, { recursive: true, force: true });
+  const spared = best === undefined ? undefined : checkpointFolder(output, best);
+  const old = all.slice(0, Math.max(0, all.length - keep)).filter((path) => path !== spared);
+  for (const path of [...partial, ...old]) await rm(path, { recursive: true, force: true });
 }
 
 /** The newest complete checkpoint of an output folder; undefined when there is none. */

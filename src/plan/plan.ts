@@ -9,7 +9,7 @@ import { createModel, loadConfig, type ModelConfig, modelConfig } from '../model
 import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer } from '../tokenizer/tokenizer.ts';
-import { overridden, parseRun, type RunConfig, type RunInput } from '../train/config.ts';
+import { overridden, parseRun, type RunConfig, type RunInput, type TextRunConfig } from '../train/config.ts';
 import { gradients } from '../train/loop.ts';
 import { createOptimizer } from '../train/optimizer.ts';
 import { textLoss } from '../train/pretrain.ts';
@@ -81,7 +81,10 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   const given = options.device ?? run.device;
   const device = typeof given === 'string' ? await plannedDevice(given) : given;
   const teacher = run.kind === 'distill' ? await teacherConfig(run.teacher.checkpoint, options.teacher) : undefined;
-  const student = runModelConfig(run, { vocabSize: teacher?.vocabSize ?? (await vocabulary(run)) });
+  const student =
+    run.kind === 'finetune'
+      ? await loadConfig(await resolveCheckpoint(run.model))
+      : runModelConfig(run, { vocabSize: teacher?.vocabSize ?? (await vocabulary(run)) });
   const measure = (changed: RunConfig) => rehearsal(changed, device, student, teacher);
 
   const own = await measure(run);
@@ -115,7 +118,7 @@ async function teacherConfig(checkpoint: string, preset: string | undefined): Pr
   return loadConfig(await resolveCheckpoint(checkpoint));
 }
 
-async function vocabulary(run: RunConfig): Promise<number> {
+async function vocabulary(run: TextRunConfig): Promise<number> {
   const { tokenizer } = run;
   if (typeof tokenizer === 'string') return (await loadTokenizer(tokenizer)).vocabSize;
   if (tokenizer !== undefined) return tokenizer.train.vocabSize;

@@ -5,16 +5,16 @@ import type { DatasetState } from '../data/dataset.ts';
 import { replaceFolder, writeAtomic } from '../io/atomic.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { checkpointFolder, pruneCheckpoints } from '../models/folder.ts';
-import { type LanguageModel, saveModel } from '../models/model.ts';
 import { FormatError } from '../tensor/errors.ts';
 import { type Tensor, writeAt } from '../tensor/tensor.ts';
-import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import type { RunConfig } from './config.ts';
+import type { Evaluations } from './events.ts';
 import type { Optimizer } from './optimizer.ts';
 
 /** Where training stood. */
 export interface TrainingState {
   readonly format: 1;
-  readonly kind: 'pretrain' | 'distill';
+  readonly kind: RunConfig['kind'];
   /** Optimizer steps taken. */
   readonly step: number;
   /** Tokens seen. */
@@ -23,6 +23,8 @@ export interface TrainingState {
   readonly updates: number;
   /** Where the data goes on. */
   readonly data: DatasetState;
+  /** How evaluations went; absent where none counts. */
+  readonly evaluations?: Evaluations;
   /** What must not change between the two parts of a run: a digest by field name. */
   readonly pinned: Readonly<Record<string, string>>;
 }
@@ -31,9 +33,9 @@ const names = { state: 'state.json', optimizer: 'optimizer.safetensors' } as con
 
 /** The parts of a run that a checkpoint holds. */
 export interface Checkpointed {
-  readonly model: LanguageModel;
   readonly optimizer: Optimizer;
-  readonly tokenizer: Tokenizer;
+  /** Writes what was trained, and what belongs to it, into a folder. */
+  save(folder: string): Promise<void>;
 }
 
 /** Writes `output`/checkpoints/step-N and removes all but the newest `keep`. @returns its path and size in bytes. */
@@ -46,7 +48,7 @@ export async function saveCheckpoint(
   const path = checkpointFolder(output, state.step);
   await mkdir(dirname(path), { recursive: true });
   await replaceFolder(path, async (into) => {
-    await saveModel(into, parts.model, parts.tokenizer);
+    await parts.save(into);
     // One at a time: a moment is as large as the model.
     await writeSafetensors(
       join(into, names.optimizer),
@@ -60,7 +62,7 @@ export async function saveCheckpoint(
     );
     await writeAtomic(join(into, names.state), (file) => file.writeFile(`${JSON.stringify(state, null, 2)}\n`));
   });
-  await pruneCheckpoints(output, keep);
+  await pruneCheckpoints(output, keep, state.evaluations?.best?.step);
   return { path, bytes: await folderBytes(path) };
 }
 

@@ -12,8 +12,12 @@ import { type RunSchemas, runSchemas, zodLoaded } from './schema.ts';
 export type PretrainConfig = z.output<RunSchemas['pretrain']>;
 /** A distillation run with every default filled in. */
 export type DistillConfig = z.output<RunSchemas['distill']>;
+/** An instruction finetuning run with every default filled in. */
+export type FinetuneConfig = z.output<RunSchemas['finetune']>;
+/** A run on text with every default filled in. */
+export type TextRunConfig = PretrainConfig | DistillConfig;
 /** A run with every default filled in. */
-export type RunConfig = PretrainConfig | DistillConfig;
+export type RunConfig = TextRunConfig | FinetuneConfig;
 /** A run as one writes it: fields with a default may be left out. */
 export type RunInput = z.input<RunSchemas['run']>;
 /** A divergence and its parameter. */
@@ -59,7 +63,7 @@ export function parseRunOf<K extends RunConfig['kind']>(kind: K, input: unknown)
   return run as Extract<RunConfig, { kind: K }>;
 }
 
-/** Optimizer steps of a run. */
+/** Optimizer steps of a run whose length is told in steps or tokens. */
 export function plannedSteps(run: RunConfig): number {
   return run.steps ?? Math.ceil(run.tokens! / tokensPerStep(run));
 }
@@ -173,11 +177,25 @@ function resolvePaths(run: RunConfig, base: string): RunConfig {
     const paths = Object.entries(value).filter(([key]) => key === 'text' || key === 'jsonl' || key === 'tokens');
     return { ...value, ...Object.fromEntries(paths.map(([key, path]) => [key, many(path)])) };
   };
+  const places = {
+    output: one(run.output),
+    resume: run.resume === 'auto' || run.resume === false ? run.resume : one(run.resume),
+  };
+  if (run.kind === 'finetune') {
+    const { train, validation } = run.data;
+    const held = typeof validation === 'string' || Array.isArray(validation) ? many(validation)! : validation;
+    return {
+      ...run,
+      ...places,
+      model: one(run.model),
+      template: run.template.endsWith('.jinja') ? one(run.template) : run.template,
+      data: { ...run.data, train: many(train)!, validation: held },
+    };
+  }
   const { validation } = run.data;
   const common = {
-    output: one(run.output),
+    ...places,
     data: { ...sources(run.data), validation: typeof validation === 'object' ? sources(validation) : validation },
-    resume: run.resume === 'auto' || run.resume === false ? run.resume : one(run.resume),
   };
   if (run.kind === 'pretrain') {
     return { ...run, ...common, tokenizer: typeof run.tokenizer === 'string' ? one(run.tokenizer) : run.tokenizer };

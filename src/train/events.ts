@@ -25,10 +25,18 @@ export interface Evaluation {
   readonly agreement?: number;
 }
 
+/** How the evaluations of a run went, for `evaluate.patience`. */
+export interface Evaluations {
+  /** The one of lowest loss after the first step. */
+  readonly best?: { readonly step: number; readonly loss: number };
+  /** Evaluations since then. */
+  readonly stale: number;
+}
+
 /** First event of a run. */
 export interface StartEvent {
   readonly type: 'start';
-  readonly kind: 'pretrain' | 'distill';
+  readonly kind: 'pretrain' | 'distill' | 'finetune';
   readonly name: string;
   /** Trainable parameters. */
   readonly parameters: number;
@@ -84,6 +92,16 @@ export interface SampleEvent {
   readonly prompt: string;
   /** The continuation, without the prompt. */
   readonly text: string;
+  /** What the data says there; only for held-out instructions. */
+  readonly reference?: string;
+}
+
+/** Answers to held-out instructions are complete on disk, one JSON object a line. */
+export interface ResponsesEvent {
+  readonly type: 'responses';
+  readonly step: number;
+  readonly path: string;
+  readonly count: number;
 }
 
 /** A checkpoint is complete on disk. */
@@ -107,7 +125,8 @@ export interface WarningEvent {
 /** Last event of a run that was not ended by an error. */
 export interface DoneEvent {
   readonly type: 'done';
-  readonly reason: 'finished' | 'aborted';
+  /** `stopped`: the loss did not fall any more, see `evaluate.patience`. */
+  readonly reason: 'finished' | 'aborted' | 'stopped';
   readonly step: number;
   readonly tokens: number;
   /** Seconds since this process began the run. */
@@ -116,7 +135,17 @@ export interface DoneEvent {
   readonly evaluation?: Evaluation;
   /** Path of the last checkpoint; absent if none was written. */
   readonly checkpoint?: string;
+  /** The evaluation of lowest loss after the first step; only with `evaluate.patience`, whose runs keep its checkpoint. */
+  readonly best?: { readonly step: number; readonly loss: number; readonly checkpoint: string };
 }
 
-/** Everything that `pretrain` and `distill` yield. */
-export type TrainEvent = StartEvent | StepEvent | EvaluateEvent | SampleEvent | CheckpointEvent | WarningEvent | DoneEvent;
+/** Everything that `pretrain`, `distill` and `finetune` yield. */
+export type TrainEvent =
+  | StartEvent
+  | StepEvent
+  | EvaluateEvent
+  | SampleEvent
+  | ResponsesEvent
+  | CheckpointEvent
+  | WarningEvent
+  | DoneEvent;

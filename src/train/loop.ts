@@ -1,11 +1,13 @@
 // The loop that pretraining and distillation share: steps, schedule, evaluation, checkpoints, resume, abort, and the guard against
 // losses that are not finite. The device works one step ahead of what is reported.
 
-import type { Dataset } from '../data/dataset.ts';
+import type { Loader } from '../data/dataset.ts';
 import type { Batch } from '../data/pack.ts';
-import { latestCheckpoint } from '../models/folder.ts';
+import type { Malformed } from '../data/source.ts';
+import { checkpointFolder, latestCheckpoint } from '../models/folder.ts';
 import { generateText } from '../models/generate.ts';
-import type { LanguageModel } from '../models/model.ts';
+import { type LanguageModel, saveModel } from '../models/model.ts';
+import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { memory, native, resetPeak } from '../tensor/engine.ts';
 import { ConfigError, TrainingError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -15,7 +17,7 @@ import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import { type DeviceBatch, upload } from './batch.ts';
 import { readState, restoreOptimizer, saveCheckpoint, type TrainingState } from './checkpoint.ts';
 import { plannedSteps, type RunConfig, tokensPerStep } from './config.ts';
-import type { Evaluation, SampleEvent, TrainEvent } from './events.ts';
+import type { Evaluation, Evaluations, SampleEvent, TrainEvent, WarningEvent } from './events.ts';
 import { createOptimizer } from './optimizer.ts';
 import { learningRate } from './schedules.ts';
 
@@ -31,19 +33,36 @@ export interface LossTensors {
   readonly ce?: Tensor;
 }
 
+/** What the loop asks of data. */
+export interface TrainingData {
+  readonly train: Loader;
+  readonly report: { readonly malformedCount: number; readonly malformed: readonly Malformed[] };
+}
+
 /** The parts that make a run. */
 export interface TrainingParts {
   readonly run: RunConfig;
   readonly model: LanguageModel;
   readonly tokenizer: Tokenizer;
-  readonly data: Dataset;
+  readonly data: TrainingData;
+  /** What is trained. Default: all of the model. */
+  readonly parameters?: Parameters<SpecTree>;
+  /** To be told at the beginning. */
+  readonly warnings?: readonly WarningEvent[];
   readonly teacherParameters?: number;
   /** Checkpoint that the model's weights came from; the rest of the state is read from it. */
   readonly resume: string | undefined;
   /** Facts that must be the same before and after a resume. */
   readonly pinned: Readonly<Record<string, string>>;
-  loss(batch: DeviceBatch): LossTensors;
+  /** @param micro number of the micro-batch since the beginning of the run, from 0, and the batch as it was uploaded. */
+  loss(batch: DeviceBatch, micro: { readonly index: number; readonly batch: Batch }): LossTensors;
   evaluate(): Promise<Evaluation>;
+  /** Texts written at an evaluation. Default: continuations of the run's prompts. */
+  samples?(step: number): AsyncIterable<TrainEvent>;
+  /** Writes a checkpoint's model. Default: as a model folder. */
+  save?(folder: string): Promise<void>;
+  /** What comes after the last step. */
+  finish?(step: number): AsyncIterable<TrainEvent>;
 }
 
 /** Where a run begins: the checkpoint to go on from, by the run's `resume` setting. */
@@ -67,26 +86,29 @@ export async function* trainingLoop(
   const { run, model, data, tokenizer } = parts;
   const steps = plannedSteps(run);
   const started = performance.now();
-  const optimizer = createOptimizer(model.parameters, { ...run.optimizer, seed: run.seed });
+  const optimizer = createOptimizer(parts.parameters ?? model.parameters, { ...run.optimizer, seed: run.seed });
   /** The step that the device works on, not reported yet. */
   let ahead: Reading | undefined;
   try {
     resetPeak();
     let step = 0;
     let tokens = 0;
+    let evaluations: Evaluations = { stale: 0 };
+    const { patience } = run.evaluate;
+    const stale = () => patience !== undefined && evaluations.stale >= patience;
     if (parts.resume !== undefined) {
       const state = await readState(parts.resume);
       checkPinned(parts.resume, state.pinned, parts.pinned);
       await restoreOptimizer(parts.resume, optimizer, state);
       data.train.restore(state.data);
-      ({ step, tokens } = state);
+      ({ step, tokens, evaluations = evaluations } = state);
     }
     const first = step;
     yield {
       type: 'start',
       kind: run.kind,
       name: run.name,
-      parameters: model.parameters.count,
+      parameters: (parts.parameters ?? model.parameters).count,
       ...(parts.teacherParameters === undefined ? {} : { teacherParameters: parts.teacherParameters }),
       steps,
       tokens: steps * tokensPerStep(run),
@@ -107,17 +129,22 @@ export async function* trainingLoop(
       };
     }
 
+    yield* parts.warnings ?? [];
+
     let evaluation: Evaluation | undefined;
     let saved: { step: number; path: string } | undefined;
     let last = performance.now();
-    let speed: number | undefined;
+    let pace: number | undefined; // seconds of a step, smoothed
+    let counted = tokens; // tokens of the steps that were told
 
     const launch = async (): Promise<Reading> => {
       const batches: Batch[] = [];
       for (let i = 0; i < run.batch.accumulate; i++) batches.push(await data.train.next());
       const predicted = batches.reduce((n, b) => n + b.predicted, 0);
       const rate = learningRate(run.schedule, run.optimizer.learningRate, step, steps);
-      const losses = batches.map((batch) => gradients(parts.loss, batch, 1 / Math.max(1, predicted)));
+      const share = predicted > 0 ? 1 / predicted : 1;
+      const from = step * run.batch.accumulate;
+      const losses = batches.map((batch, i) => gradients(parts.loss, batch, share, from + i));
       const norm = keep(optimizer.step(rate));
       step++;
       tokens += batches.reduce((n, b) => n + b.tokens, 0);
@@ -130,8 +157,9 @@ export async function* trainingLoop(
       last = now;
       if (!Number.isFinite(values.loss) || !Number.isFinite(values.norm))
         throw notFinite(reading, values, saved?.path ?? parts.resume);
-      const tokensPerSecond = tokensPerStep(run) / seconds;
-      speed = speed === undefined ? tokensPerSecond : speed + 0.1 * (tokensPerSecond - speed);
+      const tokensPerSecond = (reading.tokens - counted) / seconds;
+      counted = reading.tokens;
+      pace = pace === undefined ? seconds : pace + 0.1 * (seconds - pace);
       if (reading.step % run.log.every === 0 || reading.step === steps) {
         yield {
           type: 'step',
@@ -145,10 +173,11 @@ export async function* trainingLoop(
           memory: { live: memory().live, peak: memory().peak, rss: process.memoryUsage.rss() },
           ...(values.kl === undefined ? {} : { kl: values.kl }),
           ...(values.ce === undefined ? {} : { ce: values.ce }),
-          etaSeconds: ((steps - reading.step) * tokensPerStep(run)) / speed,
+          etaSeconds: (steps - reading.step) * pace,
         };
       }
     };
+    const write = parts.save ?? ((folder) => saveModel(folder, model, tokenizer));
     const save = async (): Promise<TrainEvent> => {
       const from = performance.now();
       const state: TrainingState = {
@@ -158,9 +187,10 @@ export async function* trainingLoop(
         tokens,
         updates: optimizer.updates,
         data: data.train.state(),
+        ...(patience === undefined ? {} : { evaluations }),
         pinned: parts.pinned,
       };
-      const { path, bytes } = await saveCheckpoint(run.output, { model, optimizer, tokenizer }, state, run.checkpoint.keep);
+      const { path, bytes } = await saveCheckpoint(run.output, { optimizer, save: write }, state, run.checkpoint.keep);
       saved = { step, path };
       return { type: 'checkpoint', step, path, seconds: (performance.now() - from) / 1000, bytes };
     };
@@ -168,11 +198,21 @@ export async function* trainingLoop(
     const evaluate = async function* (): AsyncGenerator<TrainEvent> {
       const from = performance.now();
       evaluation = await parts.evaluate();
+      const { best } = evaluations;
+      const better = best === undefined || evaluation.loss < best.loss;
+      if (step > 0)
+        evaluations = better ? { best: { step, loss: evaluation.loss }, stale: 0 } : { best, stale: evaluations.stale + 1 };
       yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000 };
-      yield* samples(parts, step);
+      yield* parts.samples?.(step) ?? samples(parts, step);
     };
+    const isBest = () => patience !== undefined && evaluations.best?.step === step;
 
-    while (step < steps && !options.signal?.aborted) {
+    if (step === 0 && run.evaluate.first && !options.signal?.aborted) {
+      yield* evaluate();
+      last = performance.now();
+    }
+
+    while (step < steps && !stale() && !options.signal?.aborted) {
       const before = ahead;
       ahead = await launch();
       if (before !== undefined) yield* report(before);
@@ -182,22 +222,27 @@ export async function* trainingLoop(
       yield* report(ahead);
       ahead = undefined;
       if (evaluates) yield* evaluate();
-      if (saves) yield await save();
+      if (saves || (evaluates && isBest())) yield await save();
       last = performance.now();
     }
     if (ahead !== undefined) yield* report(ahead);
-    const aborted = step < steps;
+    const aborted = step < steps && !stale();
     // A run that had nothing left to do still tells how good its model is.
     if (!aborted && evaluation === undefined) yield* evaluate();
     if (step > first && saved?.step !== step) yield await save();
+    if (!aborted) yield* parts.finish?.(step) ?? [];
+    const { best } = evaluations;
     yield {
       type: 'done',
-      reason: aborted ? 'aborted' : 'finished',
+      reason: aborted ? 'aborted' : stale() ? 'stopped' : 'finished',
       step,
       tokens,
       seconds: (performance.now() - started) / 1000,
       ...(evaluation === undefined ? {} : { evaluation }),
       ...(saved === undefined ? {} : { checkpoint: saved.path }),
+      ...(patience === undefined || best === undefined
+        ? {}
+        : { best: { ...best, checkpoint: checkpointFolder(run.output, best.step) } }),
     };
   } finally {
     // Left early: what is on its way still owns tensors.
@@ -208,7 +253,7 @@ export async function* trainingLoop(
 
 /** Texts that the model writes as it is now. */
 async function* samples({ run, model, tokenizer }: TrainingParts, step: number): AsyncGenerator<SampleEvent> {
-  if (run.evaluate.samples === undefined) return;
+  if (!('samples' in run.evaluate) || run.evaluate.samples === undefined) return;
   const { prompts, tokens, temperature } = run.evaluate.samples;
   for (const prompt of prompts) {
     let text = '';
@@ -218,12 +263,12 @@ async function* samples({ run, model, tokenizer }: TrainingParts, step: number):
 }
 
 /** Adds the gradient of one micro-batch; the returned sums are still on the device. */
-export function gradients(loss: TrainingParts['loss'], batch: Batch, share: number): LossTensors {
+export function gradients(loss: TrainingParts['loss'], batch: Batch, share: number, index = 0): LossTensors {
   return keep(
     scope(() => {
       let all: LossTensors | undefined;
       const total = valueAndGrad(() => {
-        all = loss(upload(batch, share));
+        all = loss(upload(batch, share), { index, batch });
         // What is only reported must outlive the pass.
         keep({ kl: all.kl, ce: all.ce });
         return all.total;

@@ -113,7 +113,7 @@ export function createProgress(stream: ProgressStream, options: ProgressOptions 
     switch (e.type) {
       case 'start': {
         start = e;
-        const verb = e.kind === 'distill' ? 'distil' : 'pretrain';
+        const verb = { pretrain: 'pretrain', distill: 'distil', finetune: 'finetune' }[e.kind];
         const teacher = e.teacherParameters === undefined ? '' : ` from a teacher of ${count(e.teacherParameters)}`;
         line(
           `${paint('bold', `${verb} ${e.name}`)}: ${count(e.parameters)} parameters${teacher}, ${e.steps} steps, ` +
@@ -143,6 +143,9 @@ export function createProgress(stream: ProgressStream, options: ProgressOptions 
       case 'sample':
         line(`${paint('gray', `  ${quoteLine(e.prompt)}`)}${quoteLine(e.text)}`);
         break;
+      case 'responses':
+        line(paint('gray', `step ${e.step}  ${e.count} answers in ${e.path}`));
+        break;
       case 'checkpoint':
         line(paint('gray', `step ${e.step}  saved ${e.path} (${bytes(e.bytes)}, ${duration(e.seconds)})`));
         break;
@@ -150,11 +153,15 @@ export function createProgress(stream: ProgressStream, options: ProgressOptions 
         line(`${paint('yellow', `warning ${e.code}`)}: ${e.message}`);
         break;
       case 'done': {
-        const verb = e.reason === 'finished' ? paint(['bold', 'green'], 'finished') : paint(['bold', 'yellow'], 'stopped');
+        const verb =
+          e.reason === 'finished'
+            ? paint(['bold', 'green'], 'finished')
+            : paint(['bold', 'yellow'], e.reason === 'stopped' ? 'stopped early' : 'stopped');
         line(
           `${verb} at step ${e.step}: ${count(e.tokens)} tokens in ${duration(e.seconds)}${e.evaluation ? `, ${evaluationText(e.evaluation)}` : ''}`,
         );
         if (e.checkpoint) line(paint('gray', `checkpoint ${e.checkpoint}`));
+        if (e.best) line(paint('gray', `best, validation loss ${e.best.loss.toFixed(4)}: ${e.best.checkpoint}`));
         return;
       }
       default:

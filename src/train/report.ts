@@ -193,7 +193,9 @@ function samples(runs: readonly ReportRun[]): string {
   const of = (run: ReportRun) => run.events.filter((event): event is SampleEvent => event.type === 'sample');
   const prompts = [...new Set(runs.flatMap((run) => of(run).map((sample) => sample.prompt)))];
   if (prompts.length === 0) return '';
-  const body = (sample: SampleEvent) => `<p class="text"><b>${encode(sample.prompt)}</b>${encode(sample.text)}</p>`;
+  const body = ({ prompt, text, reference }: SampleEvent) =>
+    `<p class="text"><b>${encode(prompt)}</b>${encode(text)}</p>` +
+    (reference === undefined ? '' : `<p class="step">reference: ${encode(reference)}</p>`);
   const cards = prompts.map((prompt) => {
     const each = runs.map((run, i) => {
       const all = of(run).filter((sample) => sample.prompt === prompt);

@@ -182,6 +182,10 @@ function makeSchemas() {
       .strictObject({
         every: count().default(200).describe('Steps between evaluations; one more follows the last step. Default 200.'),
         batches: count().optional().describe('Micro-batches scored each time. Default: all validation data.'),
+        first: z.boolean().default(false).describe('Also score before the first step. Default false; true in "finetune".'),
+        patience: count()
+          .optional()
+          .describe('Stop after so many evaluations in a row without a lower loss; the best checkpoint stays. Default: never.'),
         samples: z
           .strictObject({
             prompts: z.array(z.string()).min(1).describe('Beginnings that the model continues.'),
@@ -219,6 +223,38 @@ function makeSchemas() {
         '"auto" goes on from the newest checkpoint in output, false starts anew, a path names a checkpoint. Default "auto".',
       ),
   };
+
+  const { samples: _, ...evaluation } = shared.evaluate.unwrap().shape;
+
+  const instructionData = z.strictObject({
+    train: paths().describe('Conversations as JSON Lines, JSON or Parquet: files, folders or globs.'),
+    validation: z
+      .union([
+        z.number().gt(0).lt(1),
+        z.strictObject({ documents: count().describe('How many conversations are held out, drawn by the seed.') }),
+        paths(),
+      ])
+      .default(0.1)
+      .describe('Held-out conversations: a share (0 to 1), { documents: n }, or files of their own. Default 0.1.'),
+    format: z
+      .enum(['alpaca', 'sharegpt', 'messages', 'prompt'])
+      .optional()
+      .describe('How rows are written. Default: told by the fields of each row.'),
+    strict: z
+      .boolean()
+      .default(false)
+      .describe('Stop at the first row that cannot be used instead of counting and skipping it. Default false.'),
+    pack: z
+      .boolean()
+      .default(true)
+      .describe('Several examples share a row, each seeing only itself; false pads a row each. Default true.'),
+    overflow: z
+      .enum(['truncate', 'drop'])
+      .default('truncate')
+      .describe(
+        'What happens to an example longer than a row: its end is cut and the end token stays, or it is left out. Default "truncate".',
+      ),
+  });
 
   const oneLength = <T extends { steps?: number | undefined; tokens?: number | undefined }>(run: T) =>
     (run.steps === undefined) !== (run.tokens === undefined);
@@ -267,10 +303,65 @@ function makeSchemas() {
     })
     .refine(oneLength, howLong);
 
+  const finetuneSchema = z
+    .strictObject({
+      kind: z.literal('finetune').describe('Which loop: "finetune" trains a model on conversations.'),
+      ...shared,
+      model: z.string().min(1).describe('Model to begin with: a folder, or the output folder of a run.'),
+      template: z
+        .string()
+        .min(1)
+        .default('model')
+        .describe(
+          'How conversations become text: "model" (its own template), "alpaca", "chatml", "gemma", "llama3", "mistral", "phi3", "plain", or the path of a .jinja file. Default "model".',
+        ),
+      data: instructionData.describe('Conversations to train on and to hold out. Paths are relative to the run file.'),
+      mask: z
+        .enum(['all', 'completion', 'assistant-turns'])
+        .default('completion')
+        .describe('Which tokens are learned: all, those of the last answer, or those of every answer. Default "completion".'),
+      promptWeight: share().default(0).describe('What a token outside the mask counts, 0 to 1. Default 0.'),
+      epochs: positive().optional().describe('Passes over the training data; give this, steps or tokens.'),
+      optimizer: optimizerSchema
+        .extend({ learningRate: positive().default(5e-5).describe('Highest learning rate. Default 5e-5.') })
+        .describe('AdamW (arXiv:1711.05101).')
+        .prefault({}),
+      neftune: z
+        .number()
+        .min(0)
+        .default(0)
+        .describe('α of NEFTune: noise on embeddings while training (arXiv:2310.05914); 5 is usual. Default 0.'),
+      evaluate: z
+        .strictObject({
+          ...evaluation,
+          first: z.boolean().default(true).describe('Also score before the first step. Default true.'),
+        })
+        .prefault({})
+        .describe('Scoring on the held-out conversations.'),
+      responses: z
+        .strictObject({
+          samples: z.int().min(0).default(3).describe('Held-out instructions answered at each evaluation. Default 3.'),
+          examples: z
+            .int()
+            .min(0)
+            .default(100)
+            .describe('Held-out instructions answered at the end, into responses.jsonl. Default 100.'),
+          tokens: count().default(256).describe('Most tokens of an answer. Default 256.'),
+          temperature: z.number().min(0).default(0).describe('0 takes the likeliest token. Default 0.'),
+        })
+        .prefault({})
+        .describe('Answers to held-out instructions.'),
+    })
+    .refine((run) => [run.steps, run.tokens, run.epochs].filter((length) => length !== undefined).length === 1, {
+      path: ['epochs'],
+      error: 'give exactly one of epochs, steps and tokens: how long to train',
+    });
+
   return {
     pretrain: pretrainSchema,
     distill: distillSchema,
-    run: z.discriminatedUnion('kind', [pretrainSchema, distillSchema]),
+    finetune: finetuneSchema,
+    run: z.discriminatedUnion('kind', [pretrainSchema, distillSchema, finetuneSchema]),
     divergence: divergenceSchema,
     schedule: scheduleSchema,
   };

@@ -10,7 +10,7 @@ import { currentDevice, init, native, started } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../tokenizer/train.ts';
-import type { RunConfig } from './config.ts';
+import type { RunConfig, TextRunConfig } from './config.ts';
 
 /** Starts the engine as the run wants it, unless it runs already. */
 export function startEngine(run: RunConfig): void {
@@ -49,7 +49,7 @@ export function sourceOf({ text, jsonl: lines, tokens, separator, field = 'text'
 }
 
 /** What {@link openDataset} needs for a run. */
-export function datasetOptions(run: RunConfig, tokenizer: Tokenizer, signal?: AbortSignal): DatasetOptions {
+export function datasetOptions(run: TextRunConfig, tokenizer: Tokenizer, signal?: AbortSignal): DatasetOptions {
   const { validation } = run.data;
   return {
     train: sourceOf(run.data),
@@ -72,7 +72,7 @@ export function validationLimit(run: RunConfig): { batches?: number } {
 }
 
 /** The run's tokenizer: loaded, or trained on its text and saved in the output folder. */
-export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promise<Tokenizer> {
+export async function runTokenizer(run: TextRunConfig, signal?: AbortSignal): Promise<Tokenizer> {
   if (run.tokenizer === undefined)
     throw new ConfigError(`${run.name}: tokenizer is missing`, { code: 'ERR_CONFIG', argument: 'tokenizer' });
   if (typeof run.tokenizer === 'string') return loadTokenizer(run.tokenizer);
@@ -94,7 +94,7 @@ export async function runTokenizer(run: RunConfig, signal?: AbortSignal): Promis
 }
 
 /** The configuration of the model to make; its vocabulary is the tokenizer's unless the run says otherwise. */
-export function runModelConfig(run: RunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): ModelConfig {
+export function runModelConfig(run: TextRunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): ModelConfig {
   const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : run.model;
   const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
   const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });
@@ -112,9 +112,13 @@ export function runModelConfig(run: RunConfig, tokenizer: Pick<Tokenizer, 'vocab
   return config;
 }
 
+/** A short name for a value. */
+export function digest(value: unknown): string {
+  return createHash('sha256').update(JSON.stringify(value)).digest('hex').slice(0, 16);
+}
+
 /** What a resumed run must share with its first part, as digests by field. */
-export function pinnedFacts(run: RunConfig, tokenizer: Tokenizer): Record<string, string> {
-  const digest = (value: unknown): string => createHash('sha256').update(JSON.stringify(value)).digest('hex').slice(0, 16);
+export function pinnedFacts(run: TextRunConfig, tokenizer: Tokenizer): Record<string, string> {
   return {
     kind: run.kind,
     seed: String(run.seed),

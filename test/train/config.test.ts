@@ -3,7 +3,16 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { ConfigError } from '../../src/tensor/errors.ts';
-import { defineRun, loadRun, parseRun, plannedSteps, runFields, runJsonSchema, tokensPerStep } from '../../src/train/config.ts';
+import {
+  defineRun,
+  loadRun,
+  parseRun,
+  plannedSteps,
+  type RunConfig,
+  runFields,
+  runJsonSchema,
+  tokensPerStep,
+} from '../../src/train/config.ts';
 
 const pretrain = defineRun({
   kind: 'pretrain',
@@ -24,6 +33,8 @@ function refusal(input: unknown): ConfigError {
   }
   throw new Error('was accepted');
 }
+
+const finetune = { kind: 'finetune', output: 'run', model: 'model', data: { train: 'rows.json' }, epochs: 2 };
 
 describe('defaults', () => {
   test('every field has its documented default', () => {
@@ -49,7 +60,7 @@ describe('defaults', () => {
         clip: 1,
       },
       schedule: { kind: 'cosine', warmupSteps: 0, finalFraction: 0.1, decayFraction: 0.2 },
-      evaluate: { every: 200 },
+      evaluate: { every: 200, first: false },
       checkpoint: { every: 500, keep: 3 },
       log: { every: 1, tensorboard: true, report: true },
       recompute: false,
@@ -64,8 +75,26 @@ describe('defaults', () => {
     expect(run.distill).toEqual({ divergence: { kind: 'forward_kl' }, temperature: 1, squaredTemperature: true, hardWeight: 0 });
   });
 
+  test('finetuning', () => {
+    const run = parseRun(finetune, { base: '/base' });
+    if (run.kind !== 'finetune') throw new Error(run.kind);
+    expect(run).toMatchObject({
+      model: '/base/model',
+      template: 'model',
+      mask: 'completion',
+      promptWeight: 0,
+      neftune: 0,
+      data: { train: '/base/rows.json', validation: 0.1, strict: false, pack: true, overflow: 'truncate' },
+      optimizer: { learningRate: 5e-5, weightDecay: 0.1 },
+      evaluate: { every: 200, first: true },
+      responses: { samples: 3, examples: 100, tokens: 256, temperature: 0 },
+    });
+    const own = parseRun({ ...finetune, template: 'own.jinja', data: { train: ['a'], validation: ['b'] } }, { base: '/base' });
+    expect(own).toMatchObject({ template: '/base/own.jinja', data: { train: ['/base/a'], validation: ['/base/b'] } });
+  });
+
   test('a parsed run parses to itself', () => {
-    for (const input of [pretrain, distill]) {
+    for (const input of [pretrain, distill, finetune]) {
       const run = parseRun(input, { base: '/base' });
       expect(parseRun(run, { base: '/elsewhere' })).toEqual(run);
     }
@@ -91,7 +120,7 @@ describe('a wrong field is named, with its value, what it must be and what was p
     ['a window of 0', { model: { window: 0 } }, 'model.window', 'is 0; it must be a number of at least 1'],
     ['NaN', { optimizer: { learningRate: Number.NaN } }, 'optimizer.learningRate', 'must be a number'],
     ['a wrong choice', { schedule: { kind: 'cosin' } }, 'schedule.kind', 'Did you mean "cosine"?'],
-    ['a wrong kind', { kind: 'pretrian' }, 'kind', 'one of "pretrain", "distill". Did you mean "pretrain"?'],
+    ['a wrong kind', { kind: 'pretrian' }, 'kind', 'one of "pretrain", "distill", "finetune". Did you mean "pretrain"?'],
     ['heads that do not divide', { model: { heads: 5, kvHeads: 2 } }, 'model.kvHeads', 'must divide heads (5), 2 does not'],
     ['neither form of a union', { model: 5 }, 'model', 'is 5; it must be a text or an object'],
     ['deep inside a union', { tokenizer: { train: { vocabSize: 10 } } }, 'tokenizer.train.vocabSize', 'at least 260'],
@@ -107,10 +136,25 @@ describe('a wrong field is named, with its value, what it must be and what was p
     expect(error.message.startsWith('run: ')).toBe(true);
   });
 
+  test.each([
+    ['two lengths', { steps: 5 }, 'epochs', 'give exactly one of epochs, steps and tokens'],
+    ['text for conversations', { data: { train: 'a', text: 'a' } }, 'data.text', 'data.text is not a known field'],
+    ['an unknown mask', { mask: 'completions' }, 'mask', 'Did you mean "completion"?'],
+    ['an unknown format', { data: { train: 'a', format: 'alpacca' } }, 'data.format', 'Did you mean "alpaca"?'],
+    ['too heavy a prompt', { promptWeight: 2 }, 'promptWeight', 'is 2; it must be a number of at most 1'],
+    ['a preset for a folder', { model: { preset: 'gemma2-mini' } }, 'model', 'it must be a text'],
+    ['no noise', { neftune: -1 }, 'neftune', 'is -1; it must be a number of at least 0'],
+    ['a split of 3', { data: { train: 'a', validation: 3 } }, 'data.validation', 'it must be a number below 1'],
+  ])('finetuning: %s', (_, change, argument, text) => {
+    const error = refusal({ ...finetune, ...change });
+    expect([error.code, error.argument]).toEqual(['ERR_CONFIG', argument]);
+    expect(error.message).toContain(text);
+  });
+
   test('missing fields', () => {
     expect(refusal({ ...pretrain, kind: 'distill' }).message).toContain('run: teacher is missing; it must be an object.');
     expect(refusal({ ...pretrain, kind: undefined }).message).toContain(
-      'kind is missing; it must be one of "pretrain", "distill".',
+      'kind is missing; it must be one of "pretrain", "distill", "finetune".',
     );
     expect(refusal({ ...pretrain, data: undefined }).argument).toBe('data');
   });
@@ -142,7 +186,7 @@ describe('run files', () => {
   test('JSON, with paths relative to the file and a $schema', async () => {
     const run = await loadRun(await file('deep/run.json', JSON.stringify({ $schema: './x.json', ...pretrain, output: '../o' })));
     expect(run.output).toBe(join(folder, 'o'));
-    expect(run.data.text).toBe(join(folder, 'deep/corpus/*.txt'));
+    expect(run.data).toHaveProperty('text', join(folder, 'deep/corpus/*.txt'));
   });
 
   test('TypeScript, importing another TypeScript file', async () => {
@@ -190,9 +234,12 @@ test('docs/run-files.md lists every field', async () => {
     );
   const both = runFields('pretrain').filter(({ field }) => field !== 'kind' && !field.startsWith('tokenizer'));
   const names = new Set(both.map(({ field }) => field));
-  const only = (kind: 'pretrain' | 'distill') => runFields(kind).filter(({ field }) => !names.has(field));
-  for (const kind of ['pretrain', 'distill'] as const)
+  const only = (kind: RunConfig['kind']) => runFields(kind).filter(({ field }) => !names.has(field));
+  for (const kind of ['pretrain', 'distill', 'finetune'] as const)
     for (const { field, about } of runFields(kind)) expect(about, field).not.toBe('');
+  // Of a field that other runs have too, what is different here.
+  const same = new Set(both.map(({ field, about }) => `${field} ${about}`));
+  const onlyHere = runFields('finetune').filter(({ field, about }) => !same.has(`${field} ${about}`));
   const page = `# Run files
 
 A run is a JSON file, or a TypeScript or JavaScript module that exports one as \`default\` or \`run\`:
@@ -224,6 +271,12 @@ ${table(only('pretrain'))}
 ## \`kind: 'distill'\`
 
 ${table(only('distill'))}
+
+## \`kind: 'finetune'\`
+
+Conversations instead of text: \`data\` has fields of its own, \`model\` is a folder. [finetuning.md](finetuning.md) explains them.
+
+${table(onlyHere)}
 `;
   // After a change of the schema: npx vitest run test/train/config.test.ts -u
   await expect(page).toMatchFileSnapshot('../../docs/run-files.md');
@@ -231,7 +284,7 @@ ${table(only('distill'))}
 
 test('the JSON Schema describes every field', () => {
   const schema = runJsonSchema() as { oneOf: { properties: Record<string, { description?: string }> }[] };
-  expect(schema.oneOf).toHaveLength(2);
+  expect(schema.oneOf).toHaveLength(3);
   for (const kind of schema.oneOf) {
     for (const [name, field] of Object.entries(kind.properties)) {
       expect(field.description, name).toBeTruthy();

@@ -1,0 +1,211 @@
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { type Instructions, openInstructions } from '../data/instructions.ts';
+import type { Batch } from '../data/pack.ts';
+import { evaluateModel } from '../evaluate/evaluate.ts';
+import { writeAtomic } from '../io/atomic.ts';
+import { resolveCheckpoint } from '../models/folder.ts';
+import { type LanguageModel, loadModel, saveModel } from '../models/model.ts';
+import { linearCrossEntropy } from '../ops/loss.ts';
+import { addNoise } from '../ops/random.ts';
+import { reshape } from '../ops/reshape.ts';
+import { ConfigError, FileError } from '../tensor/errors.ts';
+import { tensor } from '../tensor/tensor.ts';
+import { type ChatTemplate, chatTemplate, loadChatTemplate } from '../tokenizer/chat.ts';
+import { chatStyles } from '../tokenizer/styles.ts';
+import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import type { DeviceBatch } from './batch.ts';
+import { type FinetuneConfig, parseRunOf, type RunInput } from './config.ts';
+import type { TrainEvent, WarningEvent } from './events.ts';
+import { type LoopOptions, type LossTensors, resumePoint, trainingLoop } from './loop.ts';
+import { sampleResponses, writeResponses } from './responses.ts';
+import { digest, validationLimit as limit, startEngine } from './setup.ts';
+
+/**
+ * Finetunes a model on conversations: cross-entropy of the tokens that the mask chooses, mean over their weights in a step.
+ *
+ * ```ts
+ * for await (const event of finetune({ kind: 'finetune', model: 'models/base', data: { train: 'alpaca.json' }, template: 'alpaca', epochs: 2, ... })) {
+ *   if (event.type === 'evaluate') console.log(event.step, event.loss);
+ * }
+ * ```
+ * Leaving the loop early stops training and frees everything; aborting `signal` also saves a checkpoint first.
+ * @throws ConfigError for a wrong field; DataError when no row can be used; see {@link pretrain} for the others.
+ */
+export async function* finetune(
+  input: RunInput | FinetuneConfig,
+  options: LoopOptions = {},
+): AsyncGenerator<TrainEvent, void, undefined> {
+  const parsed = parseRunOf('finetune', input);
+  startEngine(parsed);
+  const resume = await resumePoint(parsed);
+  const folder = resume ?? (await resolveCheckpoint(parsed.model));
+  let model: LanguageModel | undefined;
+  try {
+    const loaded = await loadModel(folder, { trainable: true, master: parsed.optimizer.master });
+    model = loaded.model;
+    const { tokenizer } = loaded;
+    checkModel(parsed, model, tokenizer);
+    const template = await runTemplate(parsed, folder, tokenizer);
+    const { format, ...rows } = parsed.data;
+    const data = await openInstructions({
+      ...rows,
+      ...(format === undefined ? {} : { format }),
+      template,
+      tokenizer,
+      mask: parsed.mask,
+      promptWeight: parsed.promptWeight,
+      length: parsed.batch.length,
+      batch: parsed.batch.sequences,
+      seed: parsed.seed,
+      ...(options.signal === undefined ? {} : { signal: options.signal }),
+    });
+    const run = inSteps(parsed, data.report.trainRows);
+    const own = model;
+    const answers = { model: own, tokenizer, template, heldOut: data.heldOut, run };
+    yield* trainingLoop(
+      {
+        run,
+        model,
+        tokenizer,
+        data,
+        warnings: warningsOf(data),
+        resume,
+        pinned: {
+          kind: run.kind,
+          seed: String(run.seed),
+          tokenizer: tokenizer.fingerprint,
+          batch: digest(run.batch),
+          neftune: String(run.neftune),
+        },
+        loss: (batch, micro) => instructionLoss(own, batch, micro, run),
+        evaluate: () => evaluateModel(own, data.validation(limit(run))),
+        samples: (step) => sampleResponses(answers, step),
+        save: async (into) => {
+          await saveModel(into, own, tokenizer);
+          await saveTemplate(into, template);
+        },
+        finish: (step) => writeResponses(answers, step),
+      },
+      options,
+    );
+  } finally {
+    model?.dispose();
+  }
+}
+
+/** The chat template that a run names. */
+async function runTemplate(run: FinetuneConfig, folder: string, tokenizer: Tokenizer): Promise<ChatTemplate> {
+  const { template } = run;
+  if (template === 'model') {
+    const own = await loadChatTemplate(folder, tokenizer);
+    if (own !== undefined) return own;
+    const known = Object.keys(chatStyles).join(', ');
+    throw new ConfigError(
+      `${run.name}: the model in ${folder} has no chat template; set template to a style (${known}) or the path of a .jinja file`,
+      { code: 'ERR_CONFIG', op: 'finetune', argument: 'template', expected: known, actual: 'model' },
+    );
+  }
+  if (!template.endsWith('.jinja')) return chatTemplate(template, tokenizer);
+  let source: string;
+  try {
+    source = await readFile(template, 'utf8');
+  } catch (error) {
+    throw new FileError(`${run.name}: template ${template} cannot be read: ${(error as Error).message}`, {
+      code: 'ERR_READ',
+      op: 'finetune',
+      argument: 'template',
+      cause: error,
+    });
+  }
+  return chatTemplate(source, tokenizer, template);
+}
+
+/** Transformers and others read it before what tokenizer_config.json says. */
+function saveTemplate(folder: string, { source }: ChatTemplate): Promise<void> {
+  return writeAtomic(join(folder, 'chat_template.jinja'), (file) => file.writeFile(source));
+}
+
+function checkModel(run: FinetuneConfig, { config }: LanguageModel, tokenizer: Tokenizer): void {
+  const refuse = (argument: string, is: string, expected: string): never => {
+    throw new ConfigError(`${run.name}: ${argument} ${is}; ${expected}`, {
+      code: 'ERR_CONFIG',
+      op: 'finetune',
+      argument,
+      expected,
+    });
+  };
+  if (run.batch.length > config.context) {
+    refuse('batch.length', `is ${run.batch.length}`, `the model reads at most ${config.context} tokens`);
+  }
+  if (tokenizer.vocabSize > config.vocabSize) {
+    refuse('model', `has ${config.vocabSize} rows of vocabulary`, `its tokenizer has ${tokenizer.vocabSize} ids`);
+  }
+}
+
+/** The same run with its length in steps. */
+function inSteps(run: FinetuneConfig, rows: number): FinetuneConfig {
+  if (run.epochs === undefined) return run;
+  return { ...run, steps: Math.max(1, Math.ceil((run.epochs * rows) / (run.batch.sequences * run.batch.accumulate))) };
+}
+
+function warningsOf({ report }: Instructions): WarningEvent[] {
+  const { truncated, dropped, trainExamples, validationExamples } = report;
+  const all = trainExamples + validationExamples + dropped;
+  const told: WarningEvent[] = [];
+  if (truncated > 0) {
+    const message = `${truncated} of ${all} conversations were cut to the length of a row; their end tokens stay`;
+    told.push({ type: 'warning', code: 'WARN_TRUNCATED', message, count: truncated });
+  }
+  if (dropped > 0) {
+    const message = `${dropped} of ${all} conversations were left out: they are longer than a row`;
+    told.push({ type: 'warning', code: 'WARN_DROPPED', message, count: dropped });
+  }
+  return told;
+}
+
+/** Cross-entropy of a batch, weighted; with noise on the embeddings where the run asks for it. */
+export function instructionLoss(
+  model: LanguageModel,
+  batch: DeviceBatch,
+  micro: { readonly index: number; readonly batch: Batch },
+  run: Pick<FinetuneConfig, 'neftune' | 'recompute' | 'seed'>,
+): LossTensors {
+  const { neftune, recompute, seed } = run;
+  const noise =
+    neftune === 0
+      ? {}
+      : {
+          embedded: (x: Parameters<typeof addNoise>[0]) => {
+            const { rows, length } = micro.batch;
+            const sizes = tensor(noiseSizes(micro.batch, neftune * tableScale(model), model.config.width), [rows, length]);
+            return addNoise(x, sizes, seed, noiseStream + micro.index);
+          },
+        };
+  const hidden = model.hidden(batch.input, { recompute, ...noise });
+  const { total } = linearCrossEntropy(reshape(hidden, [-1, model.config.width]), model.head, batch.targets, {
+    weights: batch.weights,
+    cap: model.config.finalCap,
+  });
+  return { total };
+}
+
+// Above the numbers of other streams of the seed.
+const noiseStream = 2 ** 40;
+
+/** The noise is as large beside the rows of the table, whatever the model multiplies these by. */
+function tableScale({ config }: LanguageModel): number {
+  return 'scaledEmbedding' in config && config.scaledEmbedding ? Math.sqrt(config.width) : 1;
+}
+
+/** How far NEFTune moves each number of an embedding, α / √(L C) [B T]: L tokens of the example, C its width. */
+export function noiseSizes({ starts, rows, length }: Batch, alpha: number, width: number): Float32Array {
+  const sizes = new Float32Array(rows * length);
+  for (let row = 0; row < rows; row++) {
+    for (let from = 0, to = 0; from < length; from = to) {
+      while (to < length && starts[row * length + to] === starts[row * length + from]) to++;
+      sizes.fill(alpha / Math.sqrt((to - from) * width), row * length + from, row * length + to);
+    }
+  }
+  return sizes;
+}
