@@ -33,6 +33,22 @@ export {
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
 export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
 export {
+  type CompleteOptions,
+  complete,
+  completions,
+  type GenerateOptions,
+  type Generator,
+  generate,
+  generateText,
+  loadGenerator,
+  type Prompt,
+  streamText,
+  type TextCompletion,
+  type TextOptions,
+  type TextPiece,
+  type TextToken,
+} from './models/completion.ts';
+export {
   type BaseConfig,
   type ForwardOptions,
   type LayerKind,
@@ -47,12 +63,22 @@ export {
   decoderHidden,
   decoderSpec,
 } from './models/decoder.ts';
+export { type GenerationConfig, loadGenerationConfig } from './models/defaults.ts';
 export { latestCheckpoint, resolveCheckpoint } from './models/folder.ts';
-export { type GenerateOptions, generate, generateText, type SamplingOptions } from './models/generate.ts';
+export {
+  type BatchOptions,
+  type FinishReason,
+  type GenerationEvent,
+  generateTokens,
+  type TokenLogProb,
+  type TokenOptions,
+  type TokenRequest,
+} from './models/generate.ts';
 export {
   createModel,
   type LanguageModel,
   type LoadedModel,
+  loadConfig,
   loadModel,
   loadWeights,
   type ModelConfig,
@@ -61,6 +87,8 @@ export {
 } from './models/model.ts';
 export { exportOnnx, type OnnxExportOptions } from './models/onnx.ts';
 export { type Preset, presets } from './models/presets.ts';
+export type { SamplingOptions } from './models/sampling.ts';
+export { type ScoreRequest, scoreTokens } from './models/score.ts';
 // Parameters and models
 export {
   countParameters,
@@ -99,6 +127,7 @@ export { addNoise, randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum, topK } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';
 export { type RopeOptions, type RopeScaling, rope, ropeTable } from './ops/rotary.ts';
+export { type TopLogits, topLogits } from './ops/sample.ts';
 export { concat, pick, slice, transpose } from './ops/view.ts';
 // Tensors and the engine
 export { plannedDevice, plannedDevices } from './plan/devices.ts';

@@ -2,6 +2,7 @@
 
 import { command, commonArguments, Exit, exitCode, numberOption, UsageError } from './command.ts';
 import { interruptible } from './interrupt.ts';
+import { loadingOptions, samplingArguments, samplingOptions } from './sampling.ts';
 
 export const generate = command({
   meta: { name: 'generate', description: 'Let a checkpoint continue a text.' },
@@ -18,57 +19,50 @@ export const generate = command({
       description: 'Beginning of the text. Default: what comes in on standard input.',
       valueHint: 'text',
     },
-    tokens: { type: 'string', alias: 'n', description: 'Most new tokens. Default 128.', valueHint: 'n' },
-    temperature: { type: 'string', alias: 't', description: '0 takes the likeliest token. Default 0.8.', valueHint: 'x' },
-    'top-k': { type: 'string', description: 'Draw from the k likeliest tokens only.', valueHint: 'k' },
-    'top-p': {
+    ...samplingArguments,
+    'log-probs': {
       type: 'string',
-      description: 'Draw from the likeliest tokens that hold this share of the probability.',
-      valueHint: 'p',
+      description: 'With --json: the n likeliest tokens at each place, with log-probabilities.',
+      valueHint: 'n',
     },
-    seed: { type: 'string', description: 'Same seed, same text. Default 0.', valueHint: 'n' },
-    threads: { type: 'string', description: 'Threads. Default: the cores of the machine.', valueHint: 'n' },
     ...commonArguments,
   },
   examples: `
 limbeck generate runs/student --prompt "Fellow citizens of the Senate"
 # the likeliest continuation, from standard input
 echo -n "My fellow Americans, the state of" | limbeck generate runs/student --temperature 0 --tokens 32
+# one sentence, token by token with what else might have come
+limbeck generate runs/student --prompt "The budget" --min-p 0.1 --stop "." --json --log-probs 3
 `.trim(),
-  async run({ args }) {
+  async run({ args, rawArgs }) {
     const prompt = args.prompt ?? (process.stdin.isTTY ? undefined : await readAll(process.stdin));
     if (prompt === undefined) throw new UsageError('continue what? Give --prompt, or a text on standard input');
-    const topP = numberOption('top-p', args['top-p'], 0);
-    const topK = numberOption('top-k', args['top-k'], 1, true);
-    const threads = numberOption('threads', args.threads, 1, true);
-    const options = {
-      checkpoint: args.checkpoint,
-      prompt,
-      tokens: numberOption('tokens', args.tokens, 1, true) ?? 128,
-      temperature: numberOption('temperature', args.temperature, 0) ?? 0.8,
-      seed: numberOption('seed', args.seed, 0, true) ?? 0,
-      ...(topK === undefined ? {} : { topK }),
-      ...(topP === undefined ? {} : { topP }),
-      ...(threads === undefined ? {} : { threads }),
-    };
-    const module = await import('../models/generate.ts');
-    let stopped = false;
-    if (!args.json) process.stdout.write(prompt);
-    await interruptible(
-      async (signal) => {
-        try {
-          for await (const text of module.generate({ ...options, signal })) {
-            process.stdout.write(args.json ? `${JSON.stringify({ type: 'text', text })}\n` : text);
+    const topLogProbs = numberOption('log-probs', args['log-probs'], 0, true);
+    const options = { ...samplingOptions(args, rawArgs), ...(topLogProbs === undefined ? {} : { topLogProbs }) };
+    const loading = loadingOptions(args);
+    const { loadGenerator, streamText } = await import('../models/completion.ts');
+    const { model, tokenizer, defaults } = await loadGenerator({ checkpoint: args.checkpoint, ...loading });
+    const print = (event: object): void => void process.stdout.write(`${JSON.stringify(event)}\n`);
+    try {
+      const finish = await interruptible(
+        async (signal) => {
+          if (!args.json) process.stdout.write(prompt);
+          for await (const piece of streamText(model, tokenizer, prompt, { ...defaults, ...options, signal })) {
+            if (!args.json) process.stdout.write(piece.text);
+            else if (piece.text !== '' || piece.tokens.length > 0)
+              print({ type: 'text', text: piece.text, tokens: piece.tokens });
+            if (piece.finish !== undefined) return piece.finish;
           }
-        } catch (error) {
-          if (error !== signal.reason) throw error;
-        }
-        stopped = signal.aborted;
-      },
-      () => {},
-    );
-    if (!args.json) process.stdout.write('\n');
-    if (stopped) throw new Exit(exitCode.interrupted);
+          return 'aborted';
+        },
+        () => {},
+      );
+      if (args.json) print({ type: 'end', finish });
+      else process.stdout.write('\n');
+      if (finish === 'aborted') throw new Exit(exitCode.interrupted);
+    } finally {
+      model.dispose();
+    }
   },
 });
 

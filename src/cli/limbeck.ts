@@ -4,6 +4,7 @@ import { runCommand } from 'citty';
 import { packageVersion } from '../tensor/version.ts';
 import { nearest } from '../train/issues.ts';
 import { bench } from './bench.ts';
+import { chat } from './chat.ts';
 import { type Command, command, exitCode, reportError, UsageError, usage } from './command.ts';
 import { distill } from './distill.ts';
 import { doctor } from './doctor.ts';
@@ -21,6 +22,7 @@ const commands: Readonly<Record<string, Command>> = {
   finetune,
   evaluate,
   generate,
+  chat,
   export: exportCommand,
   plan,
   report,
@@ -42,6 +44,8 @@ limbeck distill student.ts
 # look at both, and let the student write
 limbeck report runs/teacher runs/student
 limbeck generate runs/student --prompt "Fellow citizens"
+# talk to a model from a Hugging Face folder
+limbeck chat models/smollm
 `.trim(),
 });
 

@@ -9,7 +9,7 @@ import { cpus } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { distill } from '../distill/distill.ts';
-import { generate } from '../models/generate.ts';
+import { generate } from '../models/completion.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { parseRun, type RunConfig, type RunInput } from '../train/config.ts';
 import type { Evaluation, TrainEvent } from '../train/events.ts';

@@ -1,169 +1,343 @@
-// Text from a model, one token at a time, with keys and values kept.
+// Tokens from a model, with keys and values kept: some texts at a time, each with a place in the cache that the next one takes over.
+//   B texts of a step, T tokens, C width, V vocabulary, K largest logits
 import { softcap } from '../ops/elementwise.ts';
 import { linear } from '../ops/linear.ts';
 import { reshape, rows } from '../ops/reshape.ts';
-import { init, started } from '../tensor/engine.ts';
-import { ConfigError, DataError } from '../tensor/errors.ts';
-import { checkSeed, randomBlock, uniform } from '../tensor/random.ts';
-import { scope } from '../tensor/scope.ts';
+import { topLogits } from '../ops/sample.ts';
+import { DataError } from '../tensor/errors.ts';
+import { type Graph, graph } from '../tensor/graph.ts';
+import { keep, scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
-import { readAs, type Tensor, tensor } from '../tensor/tensor.ts';
-import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import { readAs, type Tensor, tensor, write } from '../tensor/tensor.ts';
 import { cacheRows, createCache, type KeyValueCache } from './cache.ts';
-import { resolveCheckpoint } from './folder.ts';
-import { type LanguageModel, loadModel } from './model.ts';
+import type { LanguageModel } from './model.ts';
+import {
+  adjust,
+  candidatesOf,
+  chance,
+  check,
+  checkId,
+  checkSampling,
+  draw,
+  isAdjusted,
+  type Sampling,
+  type SamplingOptions,
+  type Top,
+  topOf,
+} from './sampling.ts';
 
-export interface SamplingOptions {
+/** How one text goes on and when it ends. */
+export interface TokenOptions extends SamplingOptions {
   /** Most new tokens. Default 128. */
   readonly tokens?: number;
-  /** 0 takes the likeliest token. Default 0.8. */
-  readonly temperature?: number;
-  /** Draw from the k likeliest tokens only. Default: all. */
-  readonly topK?: number;
-  /** Draw from the likeliest tokens that together hold this share of the probability. Default 1. */
-  readonly topP?: number;
-  /** Same seed, same text. Default 0. */
-  readonly seed?: number;
+  /** Ids that end the text and are not part of it. Default none. */
+  readonly stopIds?: readonly number[];
+  /** How many of the likeliest tokens to tell beside the one that was drawn, 0 to 1024. Default 0. */
+  readonly topLogProbs?: number;
+  /** Ends the text after a token for which it returns true; it is called once for each, in order. */
+  readonly until?: (id: number) => boolean;
+}
+
+/** A prompt, and how it goes on. */
+export interface TokenRequest extends TokenOptions {
+  readonly ids: ArrayLike<number>;
+}
+
+export interface BatchOptions {
+  /** Texts that are worked on together. A finished one makes room for the next. Default 8. */
+  readonly batch?: number;
+  /** Most tokens of a prompt that are read at once. Default 512. */
+  readonly chunk?: number;
+  /** Ids below it can be drawn: those that the tokenizer knows. Default: the model's vocabulary. */
+  readonly vocabSize?: number;
   readonly signal?: AbortSignal;
 }
 
+/** A token and the logarithm of its probability, before temperature and all else that changes the draw. */
+export interface TokenLogProb {
+  readonly id: number;
+  readonly logProb: number;
+}
+
+/** `stop`: an end token, a stop text or `until`; `length`: as many tokens as asked for, or the model's context is full. */
+export type FinishReason = 'stop' | 'length' | 'aborted';
+
+export type GenerationEvent =
+  /** One more token of request `index`, and with `topLogProbs` the likeliest ones, the likeliest first. */
+  | ({ readonly type: 'token'; readonly index: number; readonly top?: readonly TokenLogProb[] } & TokenLogProb)
+  | { readonly type: 'end'; readonly index: number; readonly reason: FinishReason };
+
+interface Text {
+  readonly index: number;
+  readonly place: number;
+  readonly sampling: Sampling;
+  readonly stopIds: ReadonlySet<number>;
+  readonly topLogProbs: number;
+  readonly until: ((id: number) => boolean) | undefined;
+  readonly prompt: Int32Array;
+  readonly generated: number[];
+  /** Most of `generated`. */
+  readonly most: number;
+}
+
+/** Logits of one pass [B V] and what was read of them. */
+interface Scores {
+  readonly tops: readonly Top[];
+  /** The logits of a text, copied. */
+  row(i: number): Promise<Float32Array>;
+}
+
 /**
- * Continues a text; yields pieces as they are certain, never half a character. Ends at the tokenizer's end token.
- * @throws ConfigError for an option out of range; DataError when prompt and new tokens exceed the model's context.
+ * Continues prompts, each as if it were alone; tokens come as they are drawn, those of one step in the order of the requests. Leaving
+ * the loop frees everything. An abort ends all texts that are not finished with the reason `aborted`.
+ * @throws ConfigError for an option out of range; DataError for a prompt that is empty (`ERR_EMPTY`), not below the model's context
+ *   (`ERR_CONTEXT`) or has an id outside the vocabulary, before anything runs.
  */
-export async function* generateText(
+export async function* generateTokens(
   model: LanguageModel,
-  tokenizer: Tokenizer,
-  prompt: string,
-  options: SamplingOptions = {},
-): AsyncGenerator<string, void, undefined> {
-  const { tokens = 128, temperature = 0.8, topK = model.config.vocabSize, topP = 1, seed = 0, signal } = options;
-  check('tokens', tokens, Number.isInteger(tokens) && tokens >= 1, 'a whole number from 1');
-  check('temperature', temperature, temperature >= 0 && Number.isFinite(temperature), '0 or more');
-  check('topK', topK, Number.isInteger(topK) && topK >= 1, 'a whole number from 1');
-  check('topP', topP, topP > 0 && topP <= 1, 'above 0, at most 1');
-  checkSeed(seed);
-  const { context } = model.config;
-  const ids = tokenizer.encode(prompt, { bos: tokenizer.bos !== undefined });
-  if (ids.length === 0) {
-    throw new DataError('generate: the prompt is empty and the tokenizer has no begin token; give some text', {
-      code: 'ERR_EMPTY',
-      op: 'generate',
-      argument: 'prompt',
-    });
-  }
-  if (ids.length >= context) {
-    throw new DataError(`generate: the prompt has ${ids.length} tokens, the model's context is ${context}; shorten the prompt`, {
-      code: 'ERR_CONTEXT',
-      op: 'generate',
-      argument: 'prompt',
-      expected: `below ${context}`,
-      actual: String(ids.length),
-    });
-  }
-  const end = Math.min(context, ids.length + tokens);
-  const cache = createCache(1, end);
-  const decoder = tokenizer.decoder({ skipSpecial: true });
+  requests: readonly TokenRequest[],
+  options: BatchOptions = {},
+): AsyncGenerator<GenerationEvent, void, undefined> {
+  const { batch = 8, chunk = 512, vocabSize = model.config.vocabSize, signal } = options;
+  check('batch', batch, Number.isInteger(batch) && batch >= 1, 'a whole number from 1');
+  check('chunk', chunk, Number.isInteger(chunk) && chunk >= 1, 'a whole number from 1');
+  const ids = Math.min(vocabSize, model.config.vocabSize);
+  const waiting = requests.map((request, index) => textOf(model, request, index, ids));
+  if (waiting.length === 0) return;
+  const capacity = Math.max(...waiting.map((text) => text.prompt.length + text.most));
+  const cache = createCache(Math.min(batch, waiting.length), capacity);
+  const step = stepper(model, cache, ids);
+  const places = Array.from({ length: cache.sequences }, (_, i) => i);
+  let running: Text[] = [];
   try {
-    let next: ArrayLike<number> = ids;
-    for (let drawn = 0; ids.length + drawn < end; drawn++) {
-      signal?.throwIfAborted();
-      const scores = await nextScores(model, cache, next);
-      const id = draw(scores, { temperature, topK, topP }, uniform(randomBlock(seed, 0, drawn)[0]!));
-      if (id === tokenizer.eos || id >= tokenizer.vocabSize) break;
-      const text = decoder.push(id);
-      if (text !== '') yield text;
-      next = [id];
+    while (waiting.length + running.length > 0) {
+      if (signal?.aborted) {
+        for (const { index } of [...running, ...waiting]) yield { type: 'end', index, reason: 'aborted' };
+        return;
+      }
+      const fresh = waiting.length > 0 ? places.pop() : undefined;
+      const texts = fresh === undefined ? running : [{ ...waiting.shift()!, place: fresh }];
+      const scores = fresh === undefined ? await step.next(running) : await step.read(texts[0]!, chunk);
+      const ended = new Set<Text>();
+      for (const [i, text] of texts.entries()) {
+        const { token, reason } = await settle(text, scores, i);
+        if (token !== undefined) yield { type: 'token', index: text.index, ...token };
+        if (reason === undefined) continue;
+        ended.add(text);
+        cache.lengths[text.place] = 0;
+        places.push(text.place);
+        yield { type: 'end', index: text.index, reason };
+      }
+      running = [...(fresh === undefined ? [] : running), ...texts].filter((text) => !ended.has(text));
     }
-    const rest = decoder.end();
-    if (rest !== '') yield rest;
   } finally {
+    step.dispose();
     cache.dispose();
   }
 }
 
-/** Reads new tokens into the cache and gives the logits [V] after the last. */
-async function nextScores(model: LanguageModel, cache: KeyValueCache, ids: ArrayLike<number>): Promise<Float32Array> {
+function textOf(
+  model: LanguageModel,
+  request: TokenRequest,
+  index: number,
+  vocabSize: number,
+): Omit<Text, 'place'> & { place: -1 } {
+  const { tokens = 128, stopIds = [], topLogProbs = 0, until } = request;
+  const { context } = model.config;
+  check('tokens', tokens, Number.isInteger(tokens) && tokens >= 1, 'a whole number from 1');
+  const fits = Number.isInteger(topLogProbs) && topLogProbs >= 0 && topLogProbs <= 1024;
+  check('topLogProbs', topLogProbs, fits, 'a whole number from 0 to 1024');
+  const sampling = checkSampling(request, vocabSize);
+  for (const id of stopIds) checkId('stopIds', id, model.config.vocabSize);
+  const prompt = Int32Array.from(request.ids);
+  const which = index === 0 ? 'the prompt' : `prompt ${index}`;
+  if (prompt.length === 0) {
+    throw new DataError(`generate: ${which} is empty; give at least one token`, {
+      ...{ code: 'ERR_EMPTY', op: 'generate', argument: 'prompt' },
+    });
+  }
+  if (prompt.length >= context) {
+    throw new DataError(
+      `generate: ${which} has ${prompt.length} tokens, the model's context is ${context}; shorten it to leave room for an answer`,
+      {
+        ...{ code: 'ERR_CONTEXT', op: 'generate', argument: 'prompt' },
+        ...{ expected: `below ${context}`, actual: String(prompt.length) },
+      },
+    );
+  }
+  // As given: Int32Array would have rounded.
+  for (let i = 0; i < prompt.length; i++) checkId('prompt', request.ids[i]!, model.config.vocabSize);
+  return {
+    ...{ index, place: -1, sampling, stopIds: new Set(stopIds), topLogProbs, until, prompt, generated: [] },
+    most: Math.min(tokens, context - prompt.length),
+  };
+}
+
+/** Draws the next token of a text. */
+async function settle(
+  text: Text,
+  scores: Scores,
+  i: number,
+): Promise<{ token?: TokenLogProb & { top?: readonly TokenLogProb[] }; reason?: FinishReason }> {
+  const { sampling, generated } = text;
+  const top = scores.tops[i]!;
+  const mask = sampling.allow?.(generated);
+  const u = chance(sampling.seed, generated.length);
+  let id: number | undefined;
+  let logit: number | undefined;
+  if (isAdjusted(sampling, mask)) {
+    const raw = await scores.row(i);
+    const row = raw.slice();
+    adjust(row, sampling, sampling.repetitionPenalty === 1 ? [] : [...text.prompt, ...generated], mask);
+    id = draw(topOf(row, candidatesOf(sampling, row.length), sampling.temperature), sampling, u, row)!;
+    logit = raw[id]!;
+  } else {
+    id = draw(top, sampling, u);
+    if (id === undefined) {
+      const row = await scores.row(i);
+      id = draw(top, sampling, u, row)!;
+      logit = row[id]!;
+    }
+  }
+  if (text.stopIds.has(id)) return { reason: 'stop' };
+  const logProb = (z: number): number => z - top.values[0]! - Math.log(top.sum);
+  const at = Array.prototype.indexOf.call(top.ids, id);
+  const token = {
+    ...{ id, logProb: logProb(logit ?? top.values[at]!) },
+    ...(text.topLogProbs === 0 ? {} : { top: likeliest(top, text.topLogProbs, logProb) }),
+  };
+  generated.push(id);
+  if (text.until?.(id) === true) return { token, reason: 'stop' };
+  return generated.length === text.most ? { token, reason: 'length' } : { token };
+}
+
+function likeliest(top: Top, count: number, logProb: (z: number) => number): TokenLogProb[] {
+  return Array.from({ length: Math.min(count, top.size) }, (_, i) => ({ id: top.ids[i]!, logProb: logProb(top.values[i]!) }));
+}
+
+/** Runs the model over prompts and over one token of each running text. */
+function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) {
   const { width, finalCap } = model.config;
-  const logits = scope(() =>
-    noGrad((): Tensor => {
-      const t = ids.length;
-      const input = {
-        ids: tensor(Int32Array.from(ids), [1, t]),
-        positions: tensor(
-          Int32Array.from({ length: t }, (_, i) => cache.lengths[0]! + i),
-          [1, t],
-        ),
-        cache: cacheRows(cache, [0], t),
-      };
-      const last = rows(reshape(model.hidden(input), [t, width]), t - 1, t);
-      const z = linear(last, model.head);
-      return finalCap === null ? z : softcap(z, finalCap);
-    }),
-  );
-  cache.lengths[0]! += ids.length;
-  try {
-    return await readAs(logits, 'f32');
-  } finally {
-    logits.dispose();
-  }
-}
+  const onCpu = model.head.device === 'cpu';
 
-/** Draws an id from logits. `u` in [0, 1) decides. */
-function draw(logits: Float32Array, options: { temperature: number; topK: number; topP: number }, u: number): number {
-  let best = 0;
-  for (let i = 1; i < logits.length; i++) if (logits[i]! > logits[best]!) best = i;
-  if (options.temperature === 0) return best;
-  const top = logits[best]!;
-  const weights = Float64Array.from(logits, (z) => Math.exp((z - top) / options.temperature));
-  let order: Uint32Array | undefined;
-  if (options.topK < logits.length || options.topP < 1) {
-    order = Uint32Array.from(logits.keys()).sort((a, b) => weights[b]! - weights[a]! || a - b);
-    const all = weights.reduce((a, b) => a + b, 0);
-    let mass = 0;
-    let kept = 0;
-    while (kept < Math.min(options.topK, order.length) && mass < options.topP * all) mass += weights[order[kept++]!]!;
-    order = order.subarray(0, Math.max(1, kept));
-  }
-  const candidates = order ?? weights.keys();
-  let sum = 0;
-  for (const i of order ?? weights.keys()) sum += weights[i]!;
-  let left = u * sum;
-  let id = best;
-  for (const i of candidates) {
-    id = i;
-    left -= weights[i]!;
-    if (left < 0) break;
-  }
-  return id;
-}
+  const hidden = (ids: Tensor, positions: Tensor, places: readonly number[]): Tensor =>
+    model.hidden({ ids, positions, cache: cacheRows(cache, places, ids.shape[1]!) });
 
-function check(name: string, value: number, good: boolean, expected: string): void {
-  if (good) return;
-  throw new ConfigError(`generate: ${name} is ${value}, expected ${expected}`, {
-    code: 'ERR_CONFIG',
-    op: 'generate',
-    argument: name,
-    expected,
-    actual: String(value),
-  });
-}
+  /** The largest logits of the last token of each row, beside the logits [B V]. */
+  const head = (h: Tensor, texts: readonly Text[]) => {
+    const z = linear(h, model.head);
+    const logits = finalCap === null ? z : softcap(z, finalCap);
+    if (!onCpu) return { logits };
+    const temperatures = texts.map(({ sampling: { temperature: t } }) => (t === 0 ? 1 : t));
+    const k = Math.max(
+      ...texts.map((text) => Math.min(vocabSize, Math.max(text.topLogProbs, candidatesOf(text.sampling, vocabSize)))),
+    );
+    return { logits, ...topLogits(logits, tensor(temperatures), k, vocabSize) };
+  };
+  type Head = ReturnType<typeof head>;
 
-export interface GenerateOptions extends SamplingOptions {
-  /** A model folder, or the output folder of a run: its newest checkpoint. */
-  readonly checkpoint: string;
-  readonly prompt: string;
-  /** Threads, if the engine does not run yet. Default: the cores of the machine. */
-  readonly threads?: number;
-}
+  const read = async (result: Head, texts: readonly Text[]): Promise<Scores> => {
+    const row = async (i: number): Promise<Float32Array> => {
+      const one = rows(result.logits, i, i + 1);
+      return (await readAs(one, 'f32').finally(() => one.dispose())).subarray(0, vocabSize);
+    };
+    if (!('values' in result)) {
+      const all = await Promise.all(texts.map((_, i) => row(i)));
+      const tops = all.map((logits, i) => {
+        const { sampling, topLogProbs } = texts[i]!;
+        return topOf(logits, Math.max(topLogProbs, candidatesOf(sampling, vocabSize)), sampling.temperature);
+      });
+      return { tops, row: async (i) => all[i]! };
+    }
+    const [values, ids, sums] = await Promise.all([
+      readAs(result.values, 'f32'),
+      readAs(result.ids, 'i32'),
+      readAs(result.sums, 'f32'),
+    ]);
+    const k = result.values.shape[1]!;
+    const tops = texts.map((_, i) => ({
+      ...{ size: vocabSize, sum: sums[2 * i]!, tempered: sums[2 * i + 1]! },
+      ...{ values: values.subarray(i * k, (i + 1) * k), ids: ids.subarray(i * k, (i + 1) * k) },
+    }));
+    return { tops, row };
+  };
 
-/** {@link generateText} with the model of a folder. */
-export async function* generate(options: GenerateOptions): AsyncGenerator<string, void, undefined> {
-  if (!started() && options.threads !== undefined) init({ threads: options.threads });
-  const { model, tokenizer } = await loadModel(await resolveCheckpoint(options.checkpoint));
-  try {
-    yield* generateText(model, tokenizer, options.prompt, options);
-  } finally {
-    model.dispose();
-  }
+  let last: Head | undefined; // logits may be asked for until the next pass
+  const forget = (): void => {
+    for (const t of Object.values(last ?? {})) t.dispose();
+    last = undefined;
+  };
+
+  // A step over the same texts is recorded: all that changes from one to the next lies in two tensors.
+  let recorded: { texts: string; ids: Tensor; positions: Tensor; graph: Graph<Head> } | undefined;
+  const drop = (): void => {
+    if (recorded === undefined) return;
+    for (const t of [recorded.ids, recorded.positions, ...Object.values(recorded.graph.result)]) t.dispose();
+    recorded.graph.dispose();
+    recorded = undefined;
+  };
+
+  const one = (ids: Tensor, positions: Tensor, texts: readonly Text[]): Head =>
+    noGrad(() => {
+      const h = hidden(
+        ids,
+        positions,
+        texts.map(({ place }) => place),
+      );
+      return head(reshape(h, [texts.length, width]), texts);
+    });
+
+  return {
+    /** Reads the prompt of a text. */
+    async read(text: Text, chunk: number): Promise<Scores> {
+      const { prompt, place } = text;
+      forget();
+      for (let from = 0; from < prompt.length; from += chunk) {
+        const t = Math.min(chunk, prompt.length - from);
+        const result = scope(() =>
+          noGrad(() => {
+            const positions = Int32Array.from({ length: t }, (_, i) => from + i);
+            const h = hidden(tensor(prompt.slice(from, from + t), [1, t]), tensor(positions, [1, t]), [place]);
+            return from + t < prompt.length ? undefined : head(rows(reshape(h, [t, width]), t - 1, t), [text]);
+          }),
+        );
+        cache.lengths[place]! += t;
+        if (result !== undefined) last = keep(result);
+      }
+      return read(last!, [text]);
+    },
+
+    /** One more token of each text: the last that was drawn. */
+    async next(texts: readonly Text[]): Promise<Scores> {
+      forget();
+      const b = texts.length;
+      const ids = Int32Array.from(texts, (text) => text.generated.at(-1)!);
+      const positions = Int32Array.from(texts, ({ place }) => cache.lengths[place]!);
+      let result: Head;
+      if (onCpu) {
+        const names = texts.map(({ index }) => index).join();
+        if (recorded?.texts !== names) {
+          drop();
+          const input = { ids: keep(tensor(ids, [b, 1])), positions: keep(tensor(positions, [b, 1])) };
+          recorded = { texts: names, ...input, graph: graph(() => one(input.ids, input.positions, texts)) };
+          keep(recorded.graph.result);
+        } else {
+          write(recorded.ids, ids);
+          write(recorded.positions, positions);
+        }
+        recorded.graph.replay();
+        result = recorded.graph.result;
+      } else {
+        result = keep(scope(() => one(tensor(ids, [b, 1]), tensor(positions, [b, 1]), texts)));
+        last = result;
+      }
+      for (const { place } of texts) cache.lengths[place]!++;
+      return read(result, texts);
+    },
+
+    dispose(): void {
+      forget();
+      drop();
+    },
+  };
 }

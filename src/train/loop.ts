@@ -4,8 +4,8 @@
 import type { Loader } from '../data/dataset.ts';
 import type { Batch } from '../data/pack.ts';
 import type { Malformed } from '../data/source.ts';
+import { generateText } from '../models/completion.ts';
 import { checkpointFolder, latestCheckpoint } from '../models/folder.ts';
-import { generateText } from '../models/generate.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { memory, native, resetPeak } from '../tensor/engine.ts';

@@ -14,25 +14,29 @@ export interface Result {
   readonly err: string;
 }
 
-/** Runs `limbeck ...args` to its end; `watch` sees the process and what it has written so far, each time that it writes. */
+/** Runs `limbeck ...args` to its end; `watch` sees the process and what it has written so far, each time that it writes. `input` is all of its standard
+ * input, which a `watch` has to end. */
 export function limbeck(
   args: readonly string[],
   watch?: (child: ChildProcess, out: string, err: string) => void,
+  input?: string,
 ): Promise<Result> {
   return new Promise((resolve, reject) => {
     const { FORCE_COLOR: _, ...env } = process.env;
     const child = spawn(process.execPath, ['--import', 'jiti/register', join(root, 'src/cli/main.ts'), ...args], {
       cwd: root,
       env: { ...env, NO_COLOR: '1' },
-      stdio: ['ignore', 'pipe', 'pipe'],
+      stdio: [input === undefined ? 'ignore' : 'pipe', 'pipe', 'pipe'],
     });
+    if (watch === undefined) child.stdin?.end(input);
+    else if (input !== undefined) child.stdin?.write(input);
     let out = '';
     let err = '';
-    child.stdout.setEncoding('utf8').on('data', (text: string) => {
+    child.stdout!.setEncoding('utf8').on('data', (text: string) => {
       out += text;
       watch?.(child, out, err);
     });
-    child.stderr.setEncoding('utf8').on('data', (text: string) => {
+    child.stderr!.setEncoding('utf8').on('data', (text: string) => {
       err += text;
       watch?.(child, out, err);
     });
