@@ -3,7 +3,7 @@
 import { join } from 'node:path';
 import type { Conversation } from '../data/conversations.ts';
 import { writeAtomic } from '../io/atomic.ts';
-import { generateText } from '../models/generate.ts';
+import { generateText } from '../models/completion.ts';
 import type { LanguageModel } from '../models/model.ts';
 import type { ChatTemplate, Message } from '../tokenizer/chat.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
