@@ -161,6 +161,57 @@ export {
 export { type MinHashIndex, type MinHashOptions, minHashIndex } from './synth/minhash.ts';
 export { type NeighbourOptions, type Neighbours, neighbours } from './synth/neighbours.ts';
 export {
+  type ContextFormat,
+  type ContextOptions,
+  type ContextPairs,
+  type ContextReport,
+  readContextPairs,
+} from './synth/instruct/contexts.ts';
+export {
+  type Brackets,
+  bracketsOf,
+  contextText,
+  type Example,
+  exampleText,
+  type MalformedPair,
+  type Pair,
+  type PairDefect,
+  pairsText,
+  parsePairs,
+} from './synth/instruct/format.ts';
+export { passageStage, passagesOf, type RawText, textRecords } from './synth/instruct/passages.ts';
+export {
+  documentStage,
+  modeWeights,
+  type RenderedDocument,
+  type RenderMode,
+  type RenderOptions,
+  randomStream,
+  renderChain,
+  renderExamples,
+  renderStage,
+} from './synth/instruct/render.ts';
+export {
+  type Chain,
+  chainStage,
+  roundStage,
+  runsOf,
+  type SynthesisReport,
+  type SynthesizedText,
+  type SynthesizerOptions,
+  synthesisReport,
+  synthesizeInstructions,
+} from './synth/instruct/synthesize.ts';
+export { type TemplateBank, templates } from './synth/instruct/templates.ts';
+export {
+  type FewShotChain,
+  type FewShotOptions,
+  type FewShotReport,
+  fewShotChains,
+  synthesizerTraining,
+  writeFewShotChains,
+} from './synth/instruct/training.ts';
+export {
   type GatherOutput,
   type GatherStage,
   jsonlRecords,

@@ -344,14 +344,14 @@ async function* runGather(work: Work<GatherStage<unknown, unknown>>): AsyncGener
   const { stage, source, seed, signal = new AbortController().signal } = work;
   yield { type: 'stage', stage: stage.name, state: 'started', done: 0 };
   let input = 0;
-  const records = () => {
-    input = 0;
-    return (async function* () {
-      for await (const record of source.records()) {
-        if ((++input & 0xff) === 0) signal.throwIfAborted();
-        yield record;
-      }
-    })();
+  // A stage may read at several places at once.
+  const records = async function* () {
+    let read = 0;
+    for await (const record of source.records()) {
+      if ((++read & 0xff) === 0) signal.throwIfAborted();
+      input = Math.max(input, read);
+      yield record;
+    }
   };
   return await writeStage(
     work,
