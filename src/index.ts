@@ -13,6 +13,7 @@ export {
 export type { Mask } from './data/examples.ts';
 export { type InstructionOptions, type InstructionReport, type Instructions, openInstructions } from './data/instructions.ts';
 export { type JsonlOptions, jsonl } from './data/jsonl.ts';
+export type { Mixture, MixtureSource, SourceGiven, SourceReport } from './data/mixture.ts';
 export { type Batch, type Layout, packDocuments } from './data/pack.ts';
 export { shuffled } from './data/shuffle.ts';
 export { type Source, type TextFilesOptions, type TextSource, type TokenSource, textFiles, texts } from './data/source.ts';
@@ -183,9 +184,9 @@ export { passageStage, passagesOf, type RawText, textRecords } from './synth/ins
 export {
   documentStage,
   modeWeights,
+  type PairRenderOptions,
   type RenderedDocument,
   type RenderMode,
-  type RenderOptions,
   randomStream,
   renderChain,
   renderExamples,

@@ -7,17 +7,30 @@ import { join } from 'node:path';
 import { ConfigError, DataError, LimbeckError } from '../tensor/errors.ts';
 import { checkSeed } from '../tensor/random.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import {
+  checkMixture,
+  MixedRows,
+  type Mixture,
+  type MixturePart,
+  type PartState,
+  type SourceGiven,
+  type SourceReport,
+  sharesOf,
+} from './mixture.ts';
 import { type Batch, checkLayout, type Layout, layOut } from './pack.ts';
-import { Rows, type RowsState, readRow, type Segments, segmentsOf, shuffledOrder, storeOrder } from './rows.ts';
+import { type Piece, Rows, type RowsState, readRow, type Segments, segmentsOf, shuffledOrder, storeOrder } from './rows.ts';
 import type { Malformed, Source } from './source.ts';
 import { type Held, holdOut } from './split.ts';
 import { type CorpusReport, tokenize } from './tokenize.ts';
 import { openTokenFile, type TokenStore } from './tokens.ts';
 
 export interface DatasetOptions extends Layout {
-  /** Training data; none (`[]`) to read held-out data only. */
-  readonly train: Source | readonly Source[];
-  /** Held-out data: a share of the training documents (0 to 1), a number of them, or sources of its own. Default: none. */
+  /** Training data: sources one after the other, or a mixture in proportions; none (`[]`) to read held-out data only. */
+  readonly train: Source | readonly Source[] | Mixture;
+  /**
+   * Held-out data: a share of the training documents (0 to 1), a number of them, or sources of its own. Default: none. Of a mixture, share and
+   * number are taken from each source.
+   */
   readonly validation?: Held | Source | readonly Source[];
   readonly tokenizer: Tokenizer;
   /** Seed of the split and of the order of training. Default 0. */
@@ -48,6 +61,8 @@ export interface DatasetReport {
   /** Records that were left out: how many, and the first thousand. */
   readonly malformedCount: number;
   readonly malformed: readonly Malformed[];
+  /** The sources of a mixture. */
+  readonly sources?: readonly SourceReport[];
 }
 
 /** Where a loader is; plain data for a checkpoint. */
@@ -59,6 +74,8 @@ export interface DatasetState extends RowsState {
   readonly data: string;
   /** Tokens given out since the start. */
   readonly tokens: number;
+  /** Of a mixture: where each source is. The other places are then 0. */
+  readonly sources?: readonly PartState[];
 }
 
 /** Batches of training data without end, each epoch in a new order. */
@@ -66,6 +83,8 @@ export interface Loader {
   next(): Promise<Batch>;
   /** Passes over the data, the part of the current one included. */
   readonly epoch: number;
+  /** What each source of a mixture has given so far. */
+  readonly sources?: readonly SourceGiven[] | undefined;
   state(): DatasetState;
   /** Goes on as the loader that gave this state would have, bit for bit. @throws ConfigError `ERR_RESUME` for other data or options */
   restore(state: DatasetState): void;
@@ -101,63 +120,80 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
         {
           code: 'ERR_EMPTY',
           op: 'openDataset',
-          argument: what === 'training' ? 'train' : 'validation',
+          argument: what === 'validation' ? 'validation' : 'train',
         },
       );
     }
     return corpus;
   };
   try {
-    const train = await load(listOf(options.train), 'training');
-    const all = Uint32Array.from({ length: train.store.ends.length }, (_, i) => i);
-    let trainDocuments = all;
-    let held: { store: TokenStore; documents: Uint32Array; segments: Segments } | undefined;
-    if (
+    const mixed = 'mixture' in options.train ? options.train : undefined;
+    if (mixed !== undefined) checkMixture(mixed);
+    const given = mixed?.mixture ?? [{ name: 'training', source: options.train as Source | readonly Source[] }];
+    const shared =
       typeof validation === 'number' ||
-      (validation !== undefined && 'documents' in validation && typeof validation.documents === 'number')
-    ) {
-      const documents = holdOut(validation as Held, all.length, seed);
-      const out = new Set(documents);
-      trainDocuments = all.filter((i) => !out.has(i));
-      held = { store: train.store, documents, segments: segmentsOf(train.store, documents, length) };
-    } else if (validation !== undefined) {
+      (validation !== undefined && 'documents' in validation && typeof validation.documents === 'number');
+    const parts: Part[] = [];
+    const held: Selection[] = [];
+    for (const [i, { name, source, weight, repeat }] of given.entries()) {
+      const { store } = await load(listOf(source), name);
+      const all = Uint32Array.from({ length: store.ends.length }, (_, j) => j);
+      const out = shared ? holdOut(validation as Held, all.length, seed) : new Uint32Array(0);
+      if (shared) held.push({ store, documents: out, segments: segmentsOf(store, out, length) });
+      const drawn = new Set(out);
+      const documents = shared ? all.filter((j) => !drawn.has(j)) : all;
+      const segments = segmentsOf(store, documents, length);
+      if (listOf(source).length > 0 && segments.tokens === 0)
+        throw new DataError(`openDataset: the ${name} documents have no tokens`, {
+          code: 'ERR_EMPTY',
+          op: 'openDataset',
+          argument: 'train',
+        });
+      parts.push({
+        name,
+        store,
+        documents,
+        segments,
+        tokens: segments.tokens,
+        rows: new Rows(segments, length, shuffledOrder(segments.count, seed, i)),
+        ...(weight === undefined ? {} : { weight }),
+        ...(repeat === undefined ? {} : { repeat }),
+      });
+    }
+    if (validation !== undefined && !shared) {
       const { store } = await load(listOf(validation as Source | readonly Source[]), 'validation');
       const documents = Uint32Array.from({ length: store.ends.length }, (_, i) => i);
-      held = { store, documents, segments: segmentsOf(store, documents, length) };
+      held.push({ store, documents, segments: segmentsOf(store, documents, length) });
     }
-    const segments = segmentsOf(train.store, trainDocuments, length);
-    if (listOf(options.train).length > 0 && segments.tokens === 0)
-      throw new DataError('openDataset: the training documents have no tokens', {
-        code: 'ERR_EMPTY',
-        op: 'openDataset',
-        argument: 'train',
-      });
 
     const reports = opened.map((corpus) => corpus.report);
     const sum = (field: 'documents' | 'bytes' | 'tokens' | 'malformedCount') =>
       reports.reduce((total, report) => total + report[field], 0);
     const padded = { ...options, pad: options.pad ?? options.tokenizer.pad ?? 0 };
     return {
-      train: loader(train.store, segments, padded, seed, dataFingerprint(train.store, trainDocuments)),
+      train: loader(parts, padded, seed, mixed !== undefined),
       async *validation({ batches = Number.POSITIVE_INFINITY } = {}) {
-        if (held === undefined) return;
-        const rows = new Rows(held.segments, length, () => storeOrder());
-        for (let i = 0; i < batches; i++) {
-          const batch = await take(held.store, rows, padded, true);
-          if (batch === undefined) return;
-          yield batch;
+        let left = batches;
+        for (const { store, segments } of held) {
+          const rows = new Rows(segments, length, () => storeOrder());
+          for (; left > 0; left--) {
+            const batch = await take(() => place(store, rows.next(true)), padded);
+            if (batch === undefined) break;
+            yield batch;
+          }
         }
       },
       report: {
         documents: sum('documents'),
         bytes: sum('bytes'),
         tokens: sum('tokens'),
-        trainDocuments: trainDocuments.length,
-        trainTokens: segments.tokens,
-        validationDocuments: held?.documents.length ?? 0,
-        validationTokens: held?.segments.tokens ?? 0,
+        trainDocuments: total(parts.map(({ documents }) => documents.length)),
+        trainTokens: total(parts.map(({ tokens }) => tokens)),
+        validationDocuments: total(held.map(({ documents }) => documents.length)),
+        validationTokens: total(held.map(({ segments }) => segments.tokens)),
         malformedCount: sum('malformedCount'),
         malformed: reports.flatMap((report) => report.malformed).slice(0, 1000),
+        ...(mixed === undefined ? {} : { sources: sourceReports(parts) }),
       },
       close,
     };
@@ -171,28 +207,63 @@ function listOf(sources: Source | readonly Source[]): readonly Source[] {
   return Array.isArray(sources) ? sources : [sources as Source];
 }
 
-/** The next rows of a walk as a batch; undefined when there are none. */
-async function take(store: TokenStore, rows: Rows, layout: Layout, once: boolean): Promise<Batch | undefined> {
-  const pieces = [];
-  for (let row = rows.next(once); row !== undefined; row = rows.next(once)) {
-    pieces.push(row);
-    if (pieces.length === layout.batch) break;
-  }
-  if (pieces.length === 0) return undefined;
-  return layOut(await Promise.all(pieces.map((row) => readRow(store, row))), layout);
+function total(numbers: readonly number[]): number {
+  return numbers.reduce((sum, n) => sum + n, 0);
 }
 
-function loader(store: TokenStore, segments: Segments, layout: Layout, seed: number, data: string): Loader {
-  const rows = new Rows(segments, layout.length, shuffledOrder(segments.count, seed));
+/** Documents of a store. */
+interface Selection {
+  readonly store: TokenStore;
+  readonly documents: Uint32Array;
+  readonly segments: Segments;
+}
+
+/** A source of the training data. */
+interface Part extends Selection, MixturePart {}
+
+function sourceReports(parts: readonly Part[]): SourceReport[] {
+  const shares = sharesOf(parts);
+  return parts.map(({ name, documents, tokens }, i) => ({ name, documents: documents.length, tokens, share: shares[i]! }));
+}
+
+/** A row and the store that it lies in. */
+interface PlacedRow {
+  readonly store: TokenStore;
+  readonly row: readonly Piece[];
+}
+
+function place(store: TokenStore, row: readonly Piece[] | undefined): PlacedRow | undefined {
+  return row === undefined ? undefined : { store, row };
+}
+
+/** The next rows of a walk as a batch; undefined when there are none. */
+async function take(next: () => PlacedRow | undefined, layout: Layout): Promise<Batch | undefined> {
+  const rows: PlacedRow[] = [];
+  for (let row = next(); row !== undefined; row = next()) {
+    rows.push(row);
+    if (rows.length === layout.batch) break;
+  }
+  if (rows.length === 0) return undefined;
+  return layOut(await Promise.all(rows.map(({ store, row }) => readRow(store, row))), layout);
+}
+
+function loader(parts: readonly Part[], layout: Layout, seed: number, mixture: boolean): Loader {
+  const mixed = new MixedRows(parts, layout.length);
+  const all = total(parts.map(({ tokens, repeat = 1 }) => tokens * repeat));
+  const fixed = { version: 1 as const, seed, length: layout.length, data: partsFingerprint(parts, mixture) };
+  const [{ rows, segments }] = parts as readonly [Part];
   let tokens = 0;
   // One batch at a time: rows are taken in the order of the calls.
   let last: Promise<unknown> = Promise.resolve();
   return {
     next() {
       const batch = last.then(async () => {
-        if (segments.tokens === 0)
+        if (all === 0)
           throw new DataError('next: there is no training data', { code: 'ERR_EMPTY', op: 'next', argument: 'train' });
-        const taken = (await take(store, rows, layout, false))!;
+        const taken = (await take(() => {
+          const { part, row } = mixed.next();
+          return { store: parts[part]!.store, row };
+        }, layout))!;
         tokens += taken.tokens;
         return taken;
       });
@@ -200,15 +271,31 @@ function loader(store: TokenStore, segments: Segments, layout: Layout, seed: num
       return batch;
     },
     get epoch() {
-      return rows.state.epoch + rows.state.position / segments.count;
+      return mixture ? tokens / all : rows.state.epoch + rows.state.position / segments.count;
     },
-    state: () => ({ version: 1, seed, length: layout.length, data, tokens, ...rows.state }),
+    get sources() {
+      return mixture ? mixed.given : undefined;
+    },
+    state() {
+      const own = mixed.state;
+      if (mixture) return { ...fixed, tokens, epoch: 0, position: 0, waiting: [], sources: own };
+      const { rows: _, ...state } = own[0]!;
+      return { ...fixed, tokens, ...state };
+    },
     restore(state) {
-      checkState(state, { version: 1, seed, length: layout.length, data });
-      rows.state = state;
+      checkState(state, fixed);
+      mixed.state = state.sources ?? [{ ...state, rows: state.tokens / layout.length }];
       tokens = state.tokens;
     },
   };
+}
+
+/** Of documents and proportions; of a single source, of its documents alone. */
+function partsFingerprint(parts: readonly Part[], mixture: boolean): string {
+  const own = parts.map(({ store, documents }) => dataFingerprint(store, documents));
+  if (!mixture) return own[0]!;
+  const facts = parts.map(({ name, weight, repeat }, i) => [name, weight ?? null, repeat ?? null, own[i]]);
+  return createHash('sha256').update(JSON.stringify(facts)).digest('hex').slice(0, 16);
 }
 
 /** Refuses a state that another sequence of batches would follow. @throws ConfigError `ERR_RESUME` naming the field */

@@ -113,9 +113,9 @@ export class Rows {
   }
 }
 
-/** Every epoch in an order of its own, the same for the same seed. */
-export function shuffledOrder(count: number, seed: number): (epoch: number) => (index: number) => number {
-  return (epoch) => permutation(count, seed, orderStream + epoch);
+/** Every epoch in an order of its own, the same for the same seed. @param part number of the source in a mixture */
+export function shuffledOrder(count: number, seed: number, part = 0): (epoch: number) => (index: number) => number {
+  return (epoch) => permutation(count, seed, orderStream * (part + 1) + epoch);
 }
 // Above the numbers of other streams, so that epochs never meet them.
 const orderStream = 2 ** 32;

@@ -192,10 +192,14 @@ function resolvePaths(run: RunConfig, base: string): RunConfig {
       data: { ...run.data, train: many(train)!, validation: held },
     };
   }
-  const { validation } = run.data;
+  const { validation, mixture } = run.data;
   const common = {
     ...places,
-    data: { ...sources(run.data), validation: typeof validation === 'object' ? sources(validation) : validation },
+    data: {
+      ...sources(run.data),
+      ...(mixture === undefined ? {} : { mixture: mixture.map((part) => ({ ...part, source: sources(part.source) })) }),
+      validation: typeof validation === 'object' ? sources(validation) : validation,
+    },
   };
   if (run.kind === 'pretrain') {
     return { ...run, ...common, tokenizer: typeof run.tokenizer === 'string' ? one(run.tokenizer) : run.tokenizer };

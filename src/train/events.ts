@@ -1,6 +1,8 @@
 // What a run tells while it goes: plain data, one `type` each, so that a `switch` over them is checked for completeness.
 // The same objects are the lines of metrics.jsonl and of `limbeck ... --json`.
 
+import type { SourceGiven } from '../data/mixture.ts';
+
 /** Bytes in use. */
 export interface MemoryUse {
   /** Bytes of tensors alive now. */
@@ -83,6 +85,8 @@ export interface EvaluateEvent extends Evaluation {
   readonly type: 'evaluate';
   readonly step: number;
   readonly seconds: number;
+  /** What each source of a mixture has given so far. */
+  readonly sources?: readonly SourceGiven[];
 }
 
 /** A text written by the model as it is now. */
@@ -133,6 +137,8 @@ export interface DoneEvent {
   readonly seconds: number;
   /** The last evaluation; absent if none was made. */
   readonly evaluation?: Evaluation;
+  /** What each source of a mixture has given. */
+  readonly sources?: readonly SourceGiven[];
   /** Path of the last checkpoint; absent if none was written. */
   readonly checkpoint?: string;
   /** The evaluation of lowest loss after the first step; only with `evaluate.patience`, whose runs keep its checkpoint. */

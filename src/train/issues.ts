@@ -233,15 +233,15 @@ function keysAt(schema: z.ZodType, path: Path, input: unknown): string[] {
 export function describeFields(schema: z.ZodType, input: unknown): { field: string; about: string }[] {
   return fields(schema, input).map((field) => ({
     field,
-    about: schemasAt(schema, field.split('.'), input).find((s) => s.description)?.description ?? '',
+    about: schemasAt(schema, field.replaceAll('[]', '.0').split('.'), input).find((s) => s.description)?.description ?? '',
   }));
 }
 
-/** Paths of all fields. */
+/** Paths of all fields; `list[].field` for those of a list's entries. */
 function fields(schema: z.ZodType, input: unknown, path: string[] = []): string[] {
   return keysAt(schema, path, input).flatMap((key) => {
     const next = [...path, key];
-    return [next.join('.'), ...fields(schema, input, next)];
+    return [next.join('.').replaceAll('.0', '[]'), ...fields(schema, input, next), ...fields(schema, input, [...next, '0'])];
   });
 }
 

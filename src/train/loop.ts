@@ -195,6 +195,7 @@ export async function* trainingLoop(
       return { type: 'checkpoint', step, path, seconds: (performance.now() - from) / 1000, bytes };
     };
 
+    const given = () => (data.train.sources === undefined ? {} : { sources: data.train.sources });
     const evaluate = async function* (): AsyncGenerator<TrainEvent> {
       const from = performance.now();
       evaluation = await parts.evaluate();
@@ -202,7 +203,7 @@ export async function* trainingLoop(
       const better = best === undefined || evaluation.loss < best.loss;
       if (step > 0)
         evaluations = better ? { best: { step, loss: evaluation.loss }, stale: 0 } : { best, stale: evaluations.stale + 1 };
-      yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000 };
+      yield { type: 'evaluate', step, ...evaluation, seconds: (performance.now() - from) / 1000, ...given() };
       yield* parts.samples?.(step) ?? samples(parts, step);
     };
     const isBest = () => patience !== undefined && evaluations.best?.step === step;
@@ -239,6 +240,7 @@ export async function* trainingLoop(
       tokens,
       seconds: (performance.now() - started) / 1000,
       ...(evaluation === undefined ? {} : { evaluation }),
+      ...given(),
       ...(saved === undefined ? {} : { checkpoint: saved.path }),
       ...(patience === undefined || best === undefined
         ? {}

@@ -160,6 +160,8 @@ export function createProgress(stream: ProgressStream, options: ProgressOptions 
         line(
           `${verb} at step ${e.step}: ${count(e.tokens)} tokens in ${duration(e.seconds)}${e.evaluation ? `, ${evaluationText(e.evaluation)}` : ''}`,
         );
+        for (const { name, tokens, epochs } of e.sources ?? [])
+          line(paint('gray', `${name}: ${count(tokens)} tokens, ${significant(epochs)} epochs`));
         if (e.checkpoint) line(paint('gray', `checkpoint ${e.checkpoint}`));
         if (e.best) line(paint('gray', `best, validation loss ${e.best.loss.toFixed(4)}: ${e.best.checkpoint}`));
         return;

@@ -41,14 +41,39 @@ function makeSchemas() {
   const oneSource = (value: { text?: unknown; jsonl?: unknown; tokens?: unknown }) =>
     [value.text, value.jsonl, value.tokens].filter((source) => source !== undefined).length === 1;
 
+  const separator = () => z.string().min(1).optional();
+
+  const mixtureSource = z
+    .strictObject({
+      name: z.string().min(1).optional().describe('What reports call it. Default: its first path.'),
+      source: z
+        .strictObject({
+          ...sourceShape,
+          separator: separator().describe("What stands between the documents of a text file. Default: the data's."),
+          field: z.string().min(1).optional().describe("Field of a JSON line that holds the text. Default: the data's."),
+        })
+        .refine(oneSource, 'must name exactly one of text, jsonl and tokens')
+        .describe('Where it lies.'),
+      weight: positive()
+        .optional()
+        .describe('Share of the training tokens, relative to the others; all sources have one, or none. Default: by size.'),
+      repeat: positive()
+        .optional()
+        .describe('Passes while a source of repeat 1 comes once (default 1); with weights, the most passes (default: no limit).'),
+    })
+    .describe('A source and its part.');
+
   const dataSchema = z
     .strictObject({
       ...sourceShape,
-      separator: z
-        .string()
+      mixture: z
+        .array(mixtureSource)
         .min(1)
         .optional()
-        .describe('What stands between the documents of a text file, such as "\\n\\n\\n". Default: a file is one document.'),
+        .describe('Several sources in proportions of tokens, which hold at every step. In place of text, jsonl and tokens.'),
+      separator: separator().describe(
+        'What stands between the documents of a text file, such as "\\n\\n\\n". Default: a file is one document.',
+      ),
       field: z.string().min(1).default('text').describe('Field of a JSON line that holds the text. Default "text".'),
       validation: z
         .union([
@@ -64,7 +89,14 @@ function makeSchemas() {
         .default(false)
         .describe('Stop at the first malformed line instead of counting and skipping it. Default false.'),
     })
-    .refine(oneSource, 'must name exactly one of text, jsonl and tokens');
+    .refine(
+      (data) => oneSource(data) !== (data.mixture !== undefined),
+      'must name exactly one of text, jsonl, tokens and mixture',
+    )
+    .refine(({ mixture = [] }) => new Set(mixture.map(({ weight }) => weight === undefined)).size < 2, {
+      path: ['mixture'],
+      error: 'give all sources a weight, or none',
+    });
 
   const modelObject = z
     .strictObject({

@@ -1,8 +1,9 @@
 // From a run to its parts: engine, tokenizer, model configuration, data.
 import { createHash } from 'node:crypto';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { DatasetOptions } from '../data/dataset.ts';
 import { jsonl } from '../data/jsonl.ts';
+import type { MixtureSource } from '../data/mixture.ts';
 import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
 import { type ModelConfig, modelConfig } from '../models/model.ts';
@@ -48,11 +49,22 @@ export function sourceOf({ text, jsonl: lines, tokens, separator, field = 'text'
   return lines !== undefined ? jsonl(lines, { field, strict }) : tokenFile(tokens!);
 }
 
+/** The sources of a run's mixture; undefined where it has a single one. */
+function mixtureOf({ mixture, separator, field, strict }: RunConfig['data']): MixtureSource[] | undefined {
+  return mixture?.map(({ name, source, weight, repeat }) => ({
+    name: name ?? basename([source.text ?? source.jsonl ?? source.tokens!].flat()[0]!),
+    source: sourceOf({ strict, ...source, separator: source.separator ?? separator, field: source.field ?? field }),
+    ...(weight === undefined ? {} : { weight }),
+    ...(repeat === undefined ? {} : { repeat }),
+  }));
+}
+
 /** What {@link openDataset} needs for a run. */
 export function datasetOptions(run: TextRunConfig, tokenizer: Tokenizer, signal?: AbortSignal): DatasetOptions {
   const { validation } = run.data;
+  const mixture = mixtureOf(run.data);
   return {
-    train: sourceOf(run.data),
+    train: mixture === undefined ? sourceOf(run.data) : { mixture },
     validation:
       typeof validation === 'object' && !('documents' in validation)
         ? sourceOf({ ...run.data, text: undefined, jsonl: undefined, tokens: undefined, ...validation })
@@ -77,14 +89,15 @@ export async function runTokenizer(run: TextRunConfig, signal?: AbortSignal): Pr
     throw new ConfigError(`${run.name}: tokenizer is missing`, { code: 'ERR_CONFIG', argument: 'tokenizer' });
   if (typeof run.tokenizer === 'string') return loadTokenizer(run.tokenizer);
   const { vocabSize, specialTokens } = run.tokenizer.train;
-  const source = sourceOf(run.data);
-  if (source.kind !== 'text') {
+  const sources = mixtureOf(run.data)?.map(({ source }) => source as Source) ?? [sourceOf(run.data)];
+  const text = sources.filter((source) => source.kind === 'text');
+  if (text.length < sources.length) {
     throw new ConfigError(`${run.name}: a tokenizer cannot be trained on token ids; give the path of the one that made them`, {
       code: 'ERR_CONFIG',
       argument: 'tokenizer',
     });
   }
-  const tokenizer = await trainTokenizer(source, {
+  const tokenizer = await trainTokenizer(text, {
     vocabSize,
     ...(specialTokens === undefined ? {} : { specialTokens }),
     ...(signal === undefined ? {} : { signal }),

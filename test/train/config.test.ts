@@ -125,7 +125,7 @@ describe('a wrong field is named, with its value, what it must be and what was p
     ['neither form of a union', { model: 5 }, 'model', 'is 5; it must be a text or an object'],
     ['deep inside a union', { tokenizer: { train: { vocabSize: 10 } } }, 'tokenizer.train.vocabSize', 'at least 260'],
     ['two lengths', { tokens: 5 }, 'steps', 'give exactly one of steps and tokens'],
-    ['two sources', { data: { text: 'a', jsonl: 'b' } }, 'data', 'must name exactly one of text, jsonl and tokens'],
+    ['two sources', { data: { text: 'a', jsonl: 'b' } }, 'data', 'must name exactly one of text, jsonl, tokens and mixture'],
     ['a split of 3', { data: { text: 'a', validation: 3 } }, 'data.validation', 'is 3; it must be a number below 1'],
     ['a field of the other kind', { teacher: { checkpoint: 'x' } }, 'teacher', 'teacher is not a known field'],
   ])('%s', (_, change, argument, text) => {

@@ -13,7 +13,7 @@ import { type PairTemplate, type TemplateBank, templates } from './templates.ts'
  */
 export type RenderMode = 'classic' | 'dialog' | 'numbered' | 'shown' | 'next-turn';
 
-export interface RenderOptions {
+export interface PairRenderOptions {
   /** Default: {@link templates}. */
   readonly bank?: TemplateBank;
   /** How often each mode comes, relative to the others. Default: {@link modeWeights}. */
@@ -75,7 +75,7 @@ const renderStream = 0x5f4d;
 export function renderExamples(
   examples: readonly Example[],
   random: RandomStream,
-  { bank = templates, weights = modeWeights, inversion = 0.05 }: RenderOptions = {},
+  { bank = templates, weights = modeWeights, inversion = 0.05 }: PairRenderOptions = {},
 ): RenderedDocument {
   const pairs = examples.reduce((sum, example) => sum + example.pairs.length, 0);
   const count = { texts: examples.length, pairs };
@@ -101,7 +101,7 @@ export function renderExamples(
   return { text: written.join(join), mode, inverted, ...count };
 }
 
-function drawMode(weights: NonNullable<RenderOptions['weights']>, several: boolean, random: RandomStream): RenderMode {
+function drawMode(weights: NonNullable<PairRenderOptions['weights']>, several: boolean, random: RandomStream): RenderMode {
   const modes = Object.entries(weights) as [RenderMode, number][];
   let left = random.next() * modes.reduce((sum, [, weight]) => sum + weight, 0);
   let drawn: RenderMode = 'classic';
@@ -227,14 +227,14 @@ function paragraphs(...parts: readonly string[]): string {
 }
 
 /** Renders the documents of a chain with one stream of draws. */
-export function renderChain(chain: Pick<Chain, 'texts'>, seed: number, options: RenderOptions = {}): RenderedDocument[] {
+export function renderChain(chain: Pick<Chain, 'texts'>, seed: number, options: PairRenderOptions = {}): RenderedDocument[] {
   const random = randomStream(seed);
   return runsOf(chain).map((run) => renderExamples(run, random, options));
 }
 
 /** A stage that renders chains; each chain gives a list of documents. */
 export function renderStage(
-  options: RenderOptions = {},
+  options: PairRenderOptions = {},
 ): RecordStage<Chain, { readonly documents: readonly RenderedDocument[] }> {
   return {
     kind: 'record',
