@@ -137,6 +137,57 @@ export { type Advice, type Plan, type PlanOptions, plan } from './plan/plan.ts';
 export { type DedupeOptions, dedupe, dedupeText, embed } from './synth/dedupe.ts';
 export { type FilterOptions, type FilterRecipe, filter, filterRecipe, filterRecipes } from './synth/filter.ts';
 export {
+  type ContextFormat,
+  type ContextOptions,
+  type ContextPairs,
+  type ContextReport,
+  readContextPairs,
+} from './synth/instruct/contexts.ts';
+export {
+  type Brackets,
+  bracketsOf,
+  contextText,
+  exampleText,
+  type InstructionExample,
+  type InstructionPair,
+  type MalformedPair,
+  type PairDefect,
+  pairsText,
+  parsePairs,
+} from './synth/instruct/format.ts';
+export { passageStage, passagesOf, type RawText, textRecords } from './synth/instruct/passages.ts';
+export {
+  documentStage,
+  modeWeights,
+  type PairRenderOptions,
+  type RenderedDocument,
+  type RenderMode,
+  randomStream,
+  renderChain,
+  renderExamples,
+  renderStage,
+} from './synth/instruct/render.ts';
+export {
+  chainStage,
+  type InstructionChain,
+  roundStage,
+  runsOf,
+  type SynthesisReport,
+  type SynthesizedText,
+  type SynthesizerOptions,
+  synthesisReport,
+  synthesizeInstructions,
+} from './synth/instruct/synthesize.ts';
+export { pairTemplates, type TemplateBank } from './synth/instruct/templates.ts';
+export {
+  type FewShotChain,
+  type FewShotOptions,
+  type FewShotReport,
+  fewShotChains,
+  synthesizerTraining,
+  writeFewShotChains,
+} from './synth/instruct/training.ts';
+export {
   type Comparison,
   expectedScore,
   type Judged,
@@ -161,57 +212,6 @@ export {
 } from './synth/magpie/templates.ts';
 export { type MinHashIndex, type MinHashOptions, minHashIndex } from './synth/minhash.ts';
 export { type NeighbourOptions, type Neighbours, neighbours } from './synth/neighbours.ts';
-export {
-  type ContextFormat,
-  type ContextOptions,
-  type ContextPairs,
-  type ContextReport,
-  readContextPairs,
-} from './synth/instruct/contexts.ts';
-export {
-  type Brackets,
-  bracketsOf,
-  contextText,
-  type Example,
-  exampleText,
-  type MalformedPair,
-  type Pair,
-  type PairDefect,
-  pairsText,
-  parsePairs,
-} from './synth/instruct/format.ts';
-export { passageStage, passagesOf, type RawText, textRecords } from './synth/instruct/passages.ts';
-export {
-  documentStage,
-  modeWeights,
-  type PairRenderOptions,
-  type RenderedDocument,
-  type RenderMode,
-  randomStream,
-  renderChain,
-  renderExamples,
-  renderStage,
-} from './synth/instruct/render.ts';
-export {
-  type Chain,
-  chainStage,
-  roundStage,
-  runsOf,
-  type SynthesisReport,
-  type SynthesizedText,
-  type SynthesizerOptions,
-  synthesisReport,
-  synthesizeInstructions,
-} from './synth/instruct/synthesize.ts';
-export { type TemplateBank, templates } from './synth/instruct/templates.ts';
-export {
-  type FewShotChain,
-  type FewShotOptions,
-  type FewShotReport,
-  fewShotChains,
-  synthesizerTraining,
-  writeFewShotChains,
-} from './synth/instruct/training.ts';
 export {
   type GatherOutput,
   type GatherStage,

@@ -50,7 +50,7 @@ export function sourceOf({ text, jsonl: lines, tokens, separator, field = 'text'
 }
 
 /** The sources of a run's mixture; undefined where it has a single one. */
-function mixtureOf({ mixture, separator, field, strict }: RunConfig['data']): MixtureSource[] | undefined {
+function mixtureOf({ mixture, separator, field, strict }: TextRunConfig['data']): MixtureSource[] | undefined {
   return mixture?.map(({ name, source, weight, repeat }) => ({
     name: name ?? basename([source.text ?? source.jsonl ?? source.tokens!].flat()[0]!),
     source: sourceOf({ strict, ...source, separator: source.separator ?? separator, field: source.field ?? field }),

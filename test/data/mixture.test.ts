@@ -101,7 +101,7 @@ test('with weights, repeat is the most passes; the others share the rest, and in
 test('a mixture goes on from its state, bit for bit, wherever it stopped', async () => {
   const train = mixed({ weight: 5 }, { weight: 3, repeat: 6 }, { weight: 2 });
   const whole = await openDataset({ ...base, train });
-  const states = [];
+  const states: string[] = [];
   const batches: Batch[] = [];
   for (let i = 0; i < 60; i++) {
     states.push(JSON.stringify(whole.train.state()));

@@ -5,7 +5,7 @@ import { basename, dirname } from 'node:path';
 import { type DataRecord, records } from '../../data/records.ts';
 import type { Malformed } from '../../data/source.ts';
 import { DataError } from '../../tensor/errors.ts';
-import { type Example, markerIn, type Pair } from './format.ts';
+import { type InstructionExample, type InstructionPair, markerIn } from './format.ts';
 
 /**
  * `squad`: rows of context, question, answers; or of paragraphs with `qas`, also nested in articles as in the original file.
@@ -15,7 +15,7 @@ import { type Example, markerIn, type Pair } from './format.ts';
 export type ContextFormat = 'squad' | 'hotpot' | 'synthesizer' | 'pairs';
 
 /** A context with pairs, and where it came from. */
-export interface ContextPairs extends Example {
+export interface ContextPairs extends InstructionExample {
   /** Examples of one dataset make few-shot examples together. */
   readonly dataset: string;
 }
@@ -58,7 +58,7 @@ export async function readContextPairs(
   paths: string | readonly string[],
   options: ContextOptions = {},
 ): Promise<{ readonly examples: ContextPairs[]; readonly report: ContextReport }> {
-  const found = new Map<string, { dataset: string; context: string; pairs: Map<string, Pair> }>();
+  const found = new Map<string, { dataset: string; context: string; pairs: Map<string, InstructionPair> }>();
   const malformed: Malformed[] = [];
   let malformedCount = 0;
   const onMalformed = (record: Malformed): void => {
@@ -70,7 +70,7 @@ export async function readContextPairs(
     try {
       for (const { dataset, context, pairs } of contextsOf(record, options, report)) {
         const key = JSON.stringify([dataset, context]);
-        const known = found.get(key) ?? { dataset, context, pairs: new Map<string, Pair>() };
+        const known = found.get(key) ?? { dataset, context, pairs: new Map<string, InstructionPair>() };
         found.set(key, known);
         for (const pair of pairs) {
           const asked = pair.question.toLowerCase();
@@ -172,7 +172,7 @@ function* squadParagraphs(value: Fields, report: Report): Generator<{ context: s
   yield { context, questions: Object.hasOwn(value, 'qas') ? list(value, 'qas') : [value] };
 }
 
-function squadPairs(questions: readonly Fields[], report: Report): Pair[] {
+function squadPairs(questions: readonly Fields[], report: Report): InstructionPair[] {
   return questions.flatMap((entry, i) => {
     const at = questions.length === 1 ? '' : `qas[${i}].`;
     return attempt(at, report, () => {
@@ -213,14 +213,14 @@ function paragraphs(context: unknown): string {
     .join('\n\n');
 }
 
-function listed(value: Fields, field: string, question: string, answer: string, report: Report): Pair[] {
+function listed(value: Fields, field: string, question: string, answer: string, report: Report): InstructionPair[] {
   return list(value, field).flatMap((entry, i) =>
     attempt(`${field}[${i}].`, report, () => checkedPair(text(entry, question), text(entry, answer))),
   );
 }
 
 /** What one question gives; a question that cannot be used leaves the others in place. */
-function attempt(at: string, report: Report, read: () => Pair): Pair[] {
+function attempt(at: string, report: Report, read: () => InstructionPair): InstructionPair[] {
   try {
     return [read()];
   } catch (error) {
@@ -230,7 +230,7 @@ function attempt(at: string, report: Report, read: () => Pair): Pair[] {
   }
 }
 
-function checkedPair(question: string, answer: string): Pair {
+function checkedPair(question: string, answer: string): InstructionPair {
   const pair = { question: plain(question, 'question').trim(), answer: plain(answer, 'answer').trim() };
   for (const field of ['question', 'answer'] as const) if (pair[field] === '') throw new RowError(field, `the ${field} is empty`);
   return pair;

@@ -4,16 +4,16 @@
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 
 /** A question or instruction, and its answer. */
-export interface Pair {
+export interface InstructionPair {
   readonly question: string;
   readonly answer: string;
 }
 
 /** A text and pairs about it. */
-export interface Example {
+export interface InstructionExample {
   /** Empty for pairs that stand alone. */
   readonly context: string;
-  readonly pairs: readonly Pair[];
+  readonly pairs: readonly InstructionPair[];
 }
 
 const marks = { context: ' <CON> ', contextEnd: ' </CON>', question: '<QUE> ', answer: ' <ANS> ', end: ' </END>' } as const;
@@ -40,12 +40,12 @@ export function contextText(context: string): string {
 }
 
 /** The part of an example that the synthesizer writes, without its end token. */
-export function pairsText(pairs: readonly Pair[]): string {
+export function pairsText(pairs: readonly InstructionPair[]): string {
   return pairs.map(({ question, answer }) => `${marks.question}${question}${marks.answer}${answer}${marks.end}`).join(gap);
 }
 
 /** A whole one-shot example. */
-export function exampleText({ context, pairs }: Example, { begin, end }: Brackets): string {
+export function exampleText({ context, pairs }: InstructionExample, { begin, end }: Brackets): string {
   return `${begin}${contextText(context)}${pairsText(pairs)}${end}`;
 }
 
@@ -75,10 +75,10 @@ export interface MalformedPair {
 }
 
 /** Reads a synthesizer's output: its pairs in order, and every piece that is none. */
-export function parsePairs(output: string): { readonly pairs: Pair[]; readonly malformed: MalformedPair[] } {
+export function parsePairs(output: string): { readonly pairs: InstructionPair[]; readonly malformed: MalformedPair[] } {
   const pieces = output.split('</END>');
   const rest = pieces.pop()!;
-  const pairs: Pair[] = [];
+  const pairs: InstructionPair[] = [];
   const malformed: MalformedPair[] = [];
   const asked = new Set<string>();
   for (const piece of pieces) {
@@ -94,7 +94,7 @@ export function parsePairs(output: string): { readonly pairs: Pair[]; readonly m
   return { pairs, malformed };
 }
 
-function parsePair(piece: string): Pair | PairDefect {
+function parsePair(piece: string): InstructionPair | PairDefect {
   if (!piece.startsWith('<QUE>')) return 'no-question-mark';
   const at = piece.indexOf('<ANS>');
   if (at < 0) return 'no-answer-mark';

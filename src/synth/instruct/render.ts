@@ -3,9 +3,9 @@
 
 import { checkSeed, randomBlock, uniform } from '../../tensor/random.ts';
 import type { GatherStage, Outcome, RecordStage } from '../pipeline.ts';
-import type { Example, Pair } from './format.ts';
-import { type Chain, runsOf } from './synthesize.ts';
-import { type PairTemplate, type TemplateBank, templates } from './templates.ts';
+import type { InstructionExample, InstructionPair } from './format.ts';
+import { type InstructionChain, runsOf } from './synthesize.ts';
+import { type PairTemplate, pairTemplates, type TemplateBank } from './templates.ts';
 
 /**
  * How the pairs of a document are written: behind the text one by one, as a dialog, all questions before all answers, the last one after the
@@ -14,7 +14,7 @@ import { type PairTemplate, type TemplateBank, templates } from './templates.ts'
 export type RenderMode = 'classic' | 'dialog' | 'numbered' | 'shown' | 'next-turn';
 
 export interface PairRenderOptions {
-  /** Default: {@link templates}. */
+  /** Default: {@link pairTemplates}. */
   readonly bank?: TemplateBank;
   /** How often each mode comes, relative to the others. Default: {@link modeWeights}. */
   readonly weights?: Partial<Readonly<Record<RenderMode, number>>>;
@@ -73,9 +73,9 @@ const renderStream = 0x5f4d;
 
 /** Renders examples that belong together as one document. */
 export function renderExamples(
-  examples: readonly Example[],
+  examples: readonly InstructionExample[],
   random: RandomStream,
-  { bank = templates, weights = modeWeights, inversion = 0.05 }: PairRenderOptions = {},
+  { bank = pairTemplates, weights = modeWeights, inversion = 0.05 }: PairRenderOptions = {},
 ): RenderedDocument {
   const pairs = examples.reduce((sum, example) => sum + example.pairs.length, 0);
   const count = { texts: examples.length, pairs };
@@ -113,13 +113,13 @@ function drawMode(weights: NonNullable<PairRenderOptions['weights']>, several: b
 }
 
 /** Writes the pairs of one text. */
-type Style = (pairs: readonly Pair[]) => string;
+type Style = (pairs: readonly InstructionPair[]) => string;
 
 function styleOf(mode: RenderMode, bank: TemplateBank, random: RandomStream): Style {
   const steps = random.pick(bank.steps);
   const options = random.pick(bank.options);
-  const parts = (pair: Pair): Pair => reasoned(chosen(pair, options, random), steps);
-  const one = ({ question, gap, answer }: Omit<PairTemplate, 'between'>, pair: Pair): string =>
+  const parts = (pair: InstructionPair): InstructionPair => reasoned(chosen(pair, options, random), steps);
+  const one = ({ question, gap, answer }: Omit<PairTemplate, 'between'>, pair: InstructionPair): string =>
     fill(question, { ...pair }) + gap + fill(answer, { ...pair });
   switch (mode) {
     case 'classic': {
@@ -163,7 +163,11 @@ function styleOf(mode: RenderMode, bank: TemplateBank, random: RandomStream): St
 const askForSteps = /\nLet's think step by step\.$/;
 
 /** A pair whose question lists options, in another list; where labels tell options apart, the answer is a label. */
-function chosen({ question, answer }: Pair, template: TemplateBank['options'][number], random: RandomStream): Pair {
+function chosen(
+  { question, answer }: InstructionPair,
+  template: TemplateBank['options'][number],
+  random: RandomStream,
+): InstructionPair {
   const tail = askForSteps.exec(question)?.[0] ?? '';
   const found = /^(.*?)\nOptions:\n((?:- [^\n]+(?:\n|$))+)$/s.exec(question.slice(0, question.length - tail.length));
   if (found === null) return { question, answer };
@@ -206,7 +210,7 @@ function conclusionOf(answer: string): string | undefined {
 }
 
 /** A pair whose answer is reasoned, in another form of reasoning. */
-function reasoned({ question, answer }: Pair, template: TemplateBank['steps'][number]): Pair {
+function reasoned({ question, answer }: InstructionPair, template: TemplateBank['steps'][number]): InstructionPair {
   const last = conclusionOf(answer);
   if (last === undefined || !askForSteps.test(question)) return { question, answer };
   const parts = { question: question.replace(askForSteps, ''), steps: answer.split(conclusion)[0]!.trim(), answer: last };
@@ -227,7 +231,11 @@ function paragraphs(...parts: readonly string[]): string {
 }
 
 /** Renders the documents of a chain with one stream of draws. */
-export function renderChain(chain: Pick<Chain, 'texts'>, seed: number, options: PairRenderOptions = {}): RenderedDocument[] {
+export function renderChain(
+  chain: Pick<InstructionChain, 'texts'>,
+  seed: number,
+  options: PairRenderOptions = {},
+): RenderedDocument[] {
   const random = randomStream(seed);
   return runsOf(chain).map((run) => renderExamples(run, random, options));
 }
@@ -235,11 +243,15 @@ export function renderChain(chain: Pick<Chain, 'texts'>, seed: number, options: 
 /** A stage that renders chains; each chain gives a list of documents. */
 export function renderStage(
   options: PairRenderOptions = {},
-): RecordStage<Chain, { readonly documents: readonly RenderedDocument[] }> {
+): RecordStage<InstructionChain, { readonly documents: readonly RenderedDocument[] }> {
   return {
     kind: 'record',
     name: 'render',
-    settings: { bank: options.bank ?? templates, weights: options.weights ?? modeWeights, inversion: options.inversion ?? 0.05 },
+    settings: {
+      bank: options.bank ?? pairTemplates,
+      weights: options.weights ?? modeWeights,
+      inversion: options.inversion ?? 0.05,
+    },
     run: (chain, { seed }): Outcome<{ documents: RenderedDocument[] }> => ({
       value: { documents: renderChain(chain, seed(), options) },
     }),

@@ -5,11 +5,19 @@ import { ConfigError } from '../../tensor/errors.ts';
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 import type { GatherStage, Pipeline, RecordStage } from '../pipeline.ts';
 import { type Provider, type Sampling, unable } from '../provider.ts';
-import { bracketsOf, contextText, type Example, exampleText, type MalformedPair, type PairDefect, parsePairs } from './format.ts';
+import {
+  bracketsOf,
+  contextText,
+  exampleText,
+  type InstructionExample,
+  type MalformedPair,
+  type PairDefect,
+  parsePairs,
+} from './format.ts';
 import type { RawText } from './passages.ts';
 
 /** A text and what the synthesizer made of it. */
-export interface SynthesizedText extends Example {
+export interface SynthesizedText extends InstructionExample {
   readonly id: string;
   /** Pieces of the output that are no pairs. */
   readonly malformed: readonly MalformedPair[];
@@ -22,7 +30,7 @@ export interface SynthesizedText extends Example {
 }
 
 /** Texts that were synthesized one after the other, and those whose turn has not come. */
-export interface Chain {
+export interface InstructionChain {
   readonly id: string;
   readonly texts: readonly SynthesizedText[];
   readonly waiting: readonly RawText[];
@@ -46,7 +54,7 @@ export interface SynthesizerOptions {
  * Adds the rounds of a synthesizer to a pipeline: a stage that makes chains, then one stage a round.
  * @throws ConfigError for numbers out of range; ProviderError `ERR_UNABLE` for a provider without raw completion
  */
-export function synthesizeInstructions(texts: Pipeline<RawText>, options: SynthesizerOptions): Pipeline<Chain> {
+export function synthesizeInstructions(texts: Pipeline<RawText>, options: SynthesizerOptions): Pipeline<InstructionChain> {
   const { rounds = 3, provider } = options;
   check('rounds', rounds, 1, 1000);
   if (!provider.can.complete) throw unable(provider.name, 'continue a raw prompt (complete)', 'use a backend of raw completion');
@@ -59,7 +67,7 @@ export function synthesizeInstructions(texts: Pipeline<RawText>, options: Synthe
  * Deals N texts out to ⌈N / rounds⌉ chains: the first text of each chain comes first, then the second of each, and so on, so that texts of one
  * document, which stand side by side, do not meet in a chain.
  */
-export function chainStage(rounds: number): GatherStage<RawText, Chain> {
+export function chainStage(rounds: number): GatherStage<RawText, InstructionChain> {
   return {
     kind: 'gather',
     name: 'chains',
@@ -88,7 +96,7 @@ export function chainStage(rounds: number): GatherStage<RawText, Chain> {
 }
 
 /** Asks for pairs about the next text of each chain. */
-export function roundStage(round: number, options: SynthesizerOptions): RecordStage<Chain, Chain> {
+export function roundStage(round: number, options: SynthesizerOptions): RecordStage<InstructionChain, InstructionChain> {
   const { provider, tokenizer, context = 4096, maxTokens = 400, sampling = { temperature: 0 } } = options;
   check('maxTokens', maxTokens, 1, Number.MAX_SAFE_INTEGER);
   check('context', context, maxTokens + 2, Number.MAX_SAFE_INTEGER);
@@ -138,7 +146,7 @@ function lastRun(texts: readonly SynthesizedText[]): readonly SynthesizedText[] 
  * The texts of a chain as few-shot examples: a run holds texts that were shown to the synthesizer together, each with pairs. A text without pairs
  * is a run of its own.
  */
-export function runsOf({ texts }: Pick<Chain, 'texts'>): SynthesizedText[][] {
+export function runsOf({ texts }: Pick<InstructionChain, 'texts'>): SynthesizedText[][] {
   const runs: SynthesizedText[][] = [];
   for (const text of texts) {
     if (text.shown > 0 && text.pairs.length > 0) runs.at(-1)!.push(text);
@@ -166,7 +174,9 @@ export interface SynthesisReport {
 }
 
 /** Counts what chains hold. */
-export async function synthesisReport(chains: AsyncIterable<Chain> | Iterable<Chain>): Promise<SynthesisReport> {
+export async function synthesisReport(
+  chains: AsyncIterable<InstructionChain> | Iterable<InstructionChain>,
+): Promise<SynthesisReport> {
   const sums = { texts: 0, withPairs: 0, tooLong: 0, cutOff: 0, pairs: 0, promptTokens: 0, completionTokens: 0 };
   const malformed: Partial<Record<PairDefect, number>> = {};
   const runs: Record<number, number> = {};

@@ -91,7 +91,7 @@ const dialog = (lead: string, asks: string, says: string, between = '\n'): Dialo
 });
 
 /** The bank that is used unless another is given. */
-export const templates: TemplateBank = {
+export const pairTemplates: TemplateBank = {
   framed: 0.5,
   frames: [
     'Read this passage.\n\n{context}',

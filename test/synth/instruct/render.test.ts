@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest';
 import { modeWeights, type RenderMode, randomStream, renderChain, renderExamples } from '../../../src/synth/instruct/render.ts';
 import type { SynthesizedText } from '../../../src/synth/instruct/synthesize.ts';
-import { templates } from '../../../src/synth/instruct/templates.ts';
+import { pairTemplates } from '../../../src/synth/instruct/templates.ts';
 
 const qa = (n: number, count = 3) => ({
   context: `Context-${n} {answer} $& {context}`,
@@ -79,7 +79,7 @@ test('options are shuffled, and the answer is the label where labels tell them a
   const orders = new Set<string>();
   for (let seed = 0; seed < 300; seed++) {
     const { text } = renderExamples([{ context: '', pairs: [pair] }], randomStream(seed), {
-      bank: { ...templates, led: 0, pairs: [{ question: '{question}', gap: '\n=', answer: '{answer}', between: '\n' }] },
+      bank: { ...pairTemplates, led: 0, pairs: [{ question: '{question}', gap: '\n=', answer: '{answer}', between: '\n' }] },
       ...only('classic'),
     });
     const [question, answer] = text.split('\n=') as [string, string];
@@ -145,27 +145,27 @@ test('the bank: dozens of forms, none twice, each with all that it needs', () =>
     for (const name of names) expect(JSON.stringify(form).split(`{${name}}`), JSON.stringify(form)).toHaveLength(2);
   };
   for (const list of [
-    templates.frames,
-    templates.leads,
-    templates.pairs,
-    templates.options,
-    templates.dialogs,
-    templates.numbered,
-    templates.shown,
-    templates.nextTurns,
-    templates.steps,
-    templates.trailers,
+    pairTemplates.frames,
+    pairTemplates.leads,
+    pairTemplates.pairs,
+    pairTemplates.options,
+    pairTemplates.dialogs,
+    pairTemplates.numbered,
+    pairTemplates.shown,
+    pairTemplates.nextTurns,
+    pairTemplates.steps,
+    pairTemplates.trailers,
   ]) {
     expect(list.length).toBeGreaterThanOrEqual(12);
     expect(new Set(list.map((form) => JSON.stringify(form))).size).toBe(list.length);
   }
-  for (const frame of templates.frames) has(frame, 'context');
-  for (const form of [...templates.pairs, ...templates.dialogs, ...templates.shown, ...templates.nextTurns])
+  for (const frame of pairTemplates.frames) has(frame, 'context');
+  for (const form of [...pairTemplates.pairs, ...pairTemplates.dialogs, ...pairTemplates.shown, ...pairTemplates.nextTurns])
     has(form, 'question', 'answer');
-  for (const { question, answer } of templates.numbered) {
+  for (const { question, answer } of pairTemplates.numbered) {
     has(question, 'question', 'number');
     has(answer, 'answer', 'number');
   }
-  for (const form of templates.steps) has(form, 'question', 'steps', 'answer');
-  for (const form of templates.options) has(form, 'option', ...(/[A-Za-z0-9]/.test(form.labels) ? ['label'] : []));
+  for (const form of pairTemplates.steps) has(form, 'question', 'steps', 'answer');
+  for (const form of pairTemplates.options) has(form, 'option', ...(/[A-Za-z0-9]/.test(form.labels) ? ['label'] : []));
 });

@@ -7,7 +7,7 @@ import { bracketsOf, contextText, exampleText, pairsText } from '../../../src/sy
 import { passageStage, passagesOf, type RawText, textRecords } from '../../../src/synth/instruct/passages.ts';
 import { documentStage, type RenderedDocument, renderStage } from '../../../src/synth/instruct/render.ts';
 import {
-  type Chain,
+  type InstructionChain,
   runsOf,
   type SynthesizerOptions,
   synthesisReport,
@@ -37,12 +37,12 @@ async function run(
   input: readonly RawText[],
   options: Omit<SynthesizerOptions, 'tokenizer'>,
   output = folder(),
-): Promise<Chain[]> {
+): Promise<InstructionChain[]> {
   const chain = synthesizeInstructions(pipeline(recordsOf(input)), { tokenizer, ...options });
   for await (const _ of runPipeline(chain, { output, seed: 1 }));
   const file = (await readManifest(output)).at(-1)!.file;
-  const chains: Chain[] = [];
-  for await (const record of readRecords<Chain>(join(output, file))) chains.push(record);
+  const chains: InstructionChain[] = [];
+  for await (const record of readRecords<InstructionChain>(join(output, file))) chains.push(record);
   return chains;
 }
 
