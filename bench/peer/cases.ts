@@ -3,8 +3,8 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeSafetensors } from '../../src/io/safetensors.ts';
-import { decoderSpec } from '../../src/models/decoder.ts';
 import { modelConfig } from '../../src/models/model.ts';
+import { modelSpec } from '../../src/models/registry.ts';
 import { transformersText } from '../../src/models/transformers.ts';
 import { specsOf } from '../../src/nn/parameters.ts';
 
@@ -48,7 +48,7 @@ export async function writeModel(folder: string, role: Role, { vocabulary, lengt
   await writeSafetensors(
     join(path, 'model.safetensors'),
     // Norms are not left at their 0, where a mistake with them would not show in the loss.
-    specsOf(decoderSpec(config)).map(({ name, shape, std }) => ({
+    specsOf(modelSpec(config)).map(({ name, shape, std }) => ({
       name,
       dtype: 'F32',
       shape,

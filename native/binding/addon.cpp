@@ -14,12 +14,13 @@
 
 namespace limbeck {
 
+void register_half(Napi::Env env, Napi::Object exports);
 void register_text(Napi::Env env, Napi::Object exports);
 
 namespace {
 
 // Raised when the meaning of a function or of the shared array changes; src/tensor/native.ts holds its twin.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 constexpr size_t kIoSlots = 256;
 // After a call, each output takes this many slots of the shared array: handle, dtype, rank, dims.
 constexpr size_t kOutputSlots = 3 + kMaxRank;
@@ -514,6 +515,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("profile", Napi::Function::New(env, profile));
   exports.Set("profiled", Napi::Function::New(env, profiled));
   exports.Set("info", Napi::Function::New(env, info));
+  register_half(env, exports);
   register_text(env, exports);
   return exports;
 }

@@ -55,6 +55,12 @@ export interface SafetensorsEntry {
   readonly bytes: number;
 }
 
+/** Elements `from` up to, not including, `to`. */
+export interface SafetensorsPart {
+  readonly from: number;
+  readonly to: number;
+}
+
 /** An open file; `close` it, or declare it with `await using`. */
 export interface Safetensors extends AsyncDisposable {
   readonly metadata: Readonly<Record<string, string>>;
@@ -66,10 +72,12 @@ export interface Safetensors extends AsyncDisposable {
    */
   read(name: string): Promise<SafetensorsArray>;
   /**
-   * Reads one tensor in runs of at most 1 MiB, in order: `use(run, from)` gets elements `from`.. in an array that the next run overwrites.
+   * Reads one tensor in runs of at most 1 MiB, in order: `use(run, from)` gets elements `from`.. in an array that the next run overwrites,
+   * F16 as raw bits like BF16.
+   * @param part only these elements; `from` is counted from the first of them
    * Throws like `read`, or what `use` throws.
    */
-  each(name: string, use: (run: SafetensorsArray, from: number) => void): Promise<void>;
+  each(name: string, use: (run: SafetensorsArray, from: number) => void, part?: SafetensorsPart): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -173,6 +181,11 @@ function checkData({ name, dtype, shape }: SafetensorsInput, data: SafetensorsAr
   }
 }
 
+/** Bytes of a tensor that is to be written. @throws ShapeError */
+export function sizeOf({ name, dtype, shape }: SafetensorsInput): number {
+  return countOf(name, shape) * types[dtype].BYTES_PER_ELEMENT;
+}
+
 function countOf(name: string, shape: readonly number[]): number {
   const count = product(shape);
   if (count === undefined) {
@@ -245,15 +258,17 @@ async function readHeader(path: string, file: FileHandle): Promise<Safetensors> 
       await readElements(path, file, name, entryOf(name), data, 0);
       return dtype === 'F16' ? widen(data as Uint16Array) : data;
     },
-    async each(name, use) {
+    async each(name, use, part) {
       const entry = entryOf(name);
       const buffer = spare ?? new ArrayBuffer(RUN);
       spare = undefined;
       const type = types[entry.dtype];
-      for (let at = 0; at < entry.bytes; at += RUN) {
-        const run = new type(buffer, 0, Math.min(RUN, entry.bytes - at) / type.BYTES_PER_ELEMENT);
+      const size = type.BYTES_PER_ELEMENT;
+      const { from, to } = part ?? { from: 0, to: entry.bytes / size };
+      for (let at = from * size; at < to * size; at += RUN) {
+        const run = new type(buffer, 0, Math.min(RUN, to * size - at) / size);
         await readElements(path, file, name, entry, run, at);
-        use(entry.dtype === 'F16' ? widen(run as Uint16Array) : run, at / type.BYTES_PER_ELEMENT);
+        use(run, at / size - from);
       }
       spare = buffer;
     },

@@ -72,9 +72,18 @@ export async function exportOnnx(
 const writeText = (path: string, text: string): Promise<void> => writeAtomic(path, (file) => writeAll(file, Buffer.from(text)));
 
 function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onProgress }: OnnxExportOptions): OnnxGraph {
+  const { config } = model;
+  if (config.architecture === 'gpt2') {
+    throw new ConfigError('exportOnnx: there is no graph for gpt2 here; export it as safetensors', {
+      code: 'ERR_CONFIG',
+      op: 'exportOnnx',
+      argument: 'architecture',
+      actual: 'gpt2',
+    });
+  }
   const stored = new Map(model.parameters.list.map(({ name, tensor }) => [name, tensor]));
   let done = 0;
-  const graph = decoderGraph(model.config, type, (parameter) => {
+  const graph = decoderGraph(config, type, (parameter) => {
     const tensor = stored.get(parameter.name);
     if (tensor === undefined) {
       throw new ConfigError(

@@ -6,6 +6,7 @@ import { quantizeFp8_, type Weight } from '../ops/quant.ts';
 import { randomNormal_ } from '../ops/random.ts';
 import { currentDevice, withDevice } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
+import { widenBf16 } from '../tensor/half.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { empty, type GradientSink, type Tensor, tensor, viewOf, withSink, writeAt } from '../tensor/tensor.ts';
 import { createFp8, type Fp8Parameter } from './fp8.ts';
@@ -96,8 +97,9 @@ export interface Parameters<S extends SpecTree> {
   /**
    * Writes elements of a parameter from `from` on, rounded where it is kept in bf16 or fp8; each from its first to its last. When all
    * are written {@link refresh} must follow.
+   * @param data values, or in a Uint16Array the bits of bf16
    */
-  write(name: string, from: number, data: Float32Array): void;
+  write(name: string, from: number, data: Float32Array | Uint16Array): void;
   /** Makes the copies follow `values`. */
   refresh(): void;
   dispose(): void;
@@ -213,9 +215,11 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
     if (copies !== undefined) copy_(copies, values);
   };
   refresh();
-  const writers = new Map<string, (from: number, data: Float32Array) => void>();
+  const writers = new Map<string, (from: number, data: Float32Array | Uint16Array) => void>();
   for (const { name, offset } of list) writers.set(name, (from, data) => writeValues(values, offset + from, data));
-  for (const { name, write } of weights) writers.set(name, write);
+  for (const { name, write } of weights) {
+    writers.set(name, (from, data) => write(from, data instanceof Uint16Array ? widenBf16(data) : data));
+  }
   return {
     tree: mapTree(tree, tensors),
     list,
@@ -238,8 +242,8 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
   };
 }
 
-function writeValues(values: Tensor, at: number, data: Float32Array): void {
-  if (values.dtype === 'f32') writeAt(values, at, data);
+function writeValues(values: Tensor, at: number, data: Float32Array | Uint16Array): void {
+  if ((values.dtype === 'f32') === data instanceof Float32Array) writeAt(values, at, data);
   else scope(() => copy_(viewOf(values, [data.length], at), tensor(data)));
 }
 

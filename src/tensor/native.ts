@@ -6,7 +6,7 @@ import { DeviceError } from './errors.ts';
 import { packageVersion, packageRoot as root } from './version.ts';
 
 /** Twin of kAbi in native/binding/addon.cpp: raised when the meaning of a function or of the shared array changes. */
-export const abi = 2;
+export const abi = 3;
 
 /** A tensor's number in the native engine; 0 is none. */
 export type Handle = number;
@@ -57,6 +57,8 @@ export interface NativeAddon {
   captured(device: number): number;
   replay(device: number, graph: number): void;
   drop(device: number, graph: number): void;
+  /** float16 bits to float32 values. */
+  widenHalf(bits: Uint16Array, into: Float32Array): void;
   /** What a backend library says of this machine, as JSON. */
   probe(library: string): string;
   /** `isa` and `threads` are those of the running engine, or those it would start with. */

@@ -194,7 +194,7 @@ describe('damaged checkpoints', () => {
     await expect(again()).rejects.toMatchObject({ name: 'FormatError', code: 'ERR_CHECKPOINT' });
     await appendFile(join(checkpoint, 'model.safetensors'), 'x');
     await expect(again()).rejects.toMatchObject({ name: 'FormatError' });
-    await writeFile(join(checkpoint, 'config.json'), JSON.stringify({ model_type: 'gpt2' }));
+    await writeFile(join(checkpoint, 'config.json'), JSON.stringify({ model_type: 'bert' }));
     await expect(again()).rejects.toMatchObject({ name: 'FormatError', argument: 'model_type' });
   });
 
