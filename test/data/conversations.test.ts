@@ -191,6 +191,29 @@ describe('files', () => {
   });
 });
 
+test('any row is a conversation or a malformed row', async () => {
+  const names = ['messages', 'conversations', 'instruction', 'input', 'output', 'prompt', 'completion', 'tools', 'system'];
+  const leaf = fc.constantFrom<unknown>(null, 3, true, '', ' ', 'x', '[', '[{}]', [], {}, [[]]);
+  const role = fc.oneof({ weight: 8, arbitrary: fc.constantFrom<unknown>('user', 'assistant', 'human', 'gpt', 'system') }, leaf);
+  const said = fc.oneof({ weight: 8, arbitrary: fc.string() as fc.Arbitrary<unknown> }, leaf);
+  const turn = fc.oneof(
+    fc.record({ role, content: said, tool_calls: leaf }, { requiredKeys: ['content'] }),
+    fc.record({ from: role, value: said }, { requiredKeys: [] }),
+    leaf,
+  );
+  const row = fc.dictionary(fc.constantFrom(...names), fc.oneof(said, fc.array(turn, { maxLength: 4 }), leaf), { maxKeys: 4 });
+  const rows = fc.sample(row, { numRuns: 2000, seed: 1 });
+  const { rows: found, malformed } = await readRows(rows);
+  expect(found.length + malformed.length).toBe(2000);
+  expect(found.length).toBeGreaterThan(10);
+  for (const { messages } of found) {
+    expect(messages.at(-1)!.role).toBe('assistant');
+    expect(messages.find((m) => m.role !== 'system')!.role).toBe('user');
+    expect(messages.every((m) => typeof m.content === 'string')).toBe(true);
+  }
+  for (const { line, reason } of malformed) expect([line >= 1, reason !== '']).toEqual([true, true]);
+});
+
 describe('rows that cannot be used', () => {
   const good = { instruction: 'a', input: '', output: 'b' };
   test.each([
