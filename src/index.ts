@@ -157,6 +157,15 @@ export {
 } from './synth/instruct/format.ts';
 export { passageStage, passagesOf, type RawText, textRecords } from './synth/instruct/passages.ts';
 export {
+  type ContinualOptions,
+  continualMixture,
+  type PretrainingRecipe,
+  pretrainingMixture,
+  type RecipeSources,
+  type RunMixture,
+  type RunSource,
+} from './synth/instruct/recipes.ts';
+export {
   documentStage,
   modeWeights,
   type PairRenderOptions,
@@ -184,6 +193,7 @@ export {
   type FewShotOptions,
   type FewShotReport,
   fewShotChains,
+  fewShotGroups,
   synthesizerTraining,
   writeFewShotChains,
 } from './synth/instruct/training.ts';

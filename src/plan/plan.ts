@@ -82,8 +82,8 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   const device = typeof given === 'string' ? await plannedDevice(given) : given;
   const teacher = run.kind === 'distill' ? await teacherConfig(run.teacher.checkpoint, options.teacher) : undefined;
   const student =
-    run.kind === 'finetune'
-      ? await loadConfig(await resolveCheckpoint(run.model))
+    run.kind === 'finetune' || (run.kind === 'pretrain' && run.from !== undefined)
+      ? await loadConfig(await resolveCheckpoint(run.kind === 'finetune' ? run.model : run.from!))
       : runModelConfig(run, { vocabSize: teacher?.vocabSize ?? (await vocabulary(run)) });
   const measure = (changed: RunConfig) => rehearsal(changed, device, student, teacher);
 

@@ -202,7 +202,12 @@ function resolvePaths(run: RunConfig, base: string): RunConfig {
     },
   };
   if (run.kind === 'pretrain') {
-    return { ...run, ...common, tokenizer: typeof run.tokenizer === 'string' ? one(run.tokenizer) : run.tokenizer };
+    return {
+      ...run,
+      ...common,
+      ...(typeof run.tokenizer === 'string' ? { tokenizer: one(run.tokenizer) } : {}),
+      ...(run.from === undefined ? {} : { from: one(run.from) }),
+    };
   }
   return {
     ...run,

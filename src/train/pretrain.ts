@@ -1,5 +1,6 @@
 import { type Dataset, openDataset } from '../data/dataset.ts';
 import { evaluateModel } from '../evaluate/evaluate.ts';
+import { resolveCheckpoint } from '../models/folder.ts';
 import { createModel, type LanguageModel, loadModel } from '../models/model.ts';
 import { linearCrossEntropy } from '../ops/loss.ts';
 import { reshape } from '../ops/reshape.ts';
@@ -34,11 +35,12 @@ export async function* pretrain(
   let data: Dataset | undefined;
   try {
     let tokenizer: Tokenizer;
-    if (resume === undefined) {
+    const weights = resume ?? (run.from === undefined ? undefined : await resolveCheckpoint(run.from));
+    if (weights === undefined) {
       tokenizer = await runTokenizer(run, options.signal);
       model = createModel(runModelConfig(run, tokenizer), { seed: run.seed, master });
     } else {
-      ({ model, tokenizer } = await loadModel(resume, { trainable: true, master }));
+      ({ model, tokenizer } = await loadModel(weights, { trainable: true, master }));
     }
     data = await openDataset(datasetOptions(run, tokenizer, options.signal));
     const own = model;

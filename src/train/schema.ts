@@ -296,9 +296,23 @@ function makeSchemas() {
     .strictObject({
       kind: z.literal('pretrain').describe('Which loop: "pretrain" trains on text.'),
       ...shared,
-      tokenizer: tokenizerSchema.describe('Path of a tokenizer.json, or { train: { vocabSize } }.'),
+      model: shared.model.optional(),
+      tokenizer: tokenizerSchema.optional().describe('Path of a tokenizer.json, or { train: { vocabSize } }.'),
+      from: z
+        .string()
+        .min(1)
+        .optional()
+        .describe('Continual pretraining: begin with this model (a folder, or the output folder of a run) and its tokenizer.'),
     })
-    .refine(oneLength, howLong);
+    .refine(oneLength, howLong)
+    .superRefine(({ from, model, tokenizer }, context) => {
+      for (const [name, value] of Object.entries({ model, tokenizer })) {
+        if ((value === undefined) === (from !== undefined)) continue;
+        const error =
+          from === undefined ? 'must be given, or `from`, a model to go on from' : 'must be left out: it comes with `from`';
+        context.addIssue({ code: 'custom', path: [name], message: error, input: value });
+      }
+    });
 
   const distillSchema = z
     .strictObject({

@@ -108,7 +108,7 @@ export async function runTokenizer(run: TextRunConfig, signal?: AbortSignal): Pr
 
 /** The configuration of the model to make; its vocabulary is the tokenizer's unless the run says otherwise. */
 export function runModelConfig(run: TextRunConfig, tokenizer: Pick<Tokenizer, 'vocabSize'>): ModelConfig {
-  const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : run.model;
+  const { preset = 'gemma2-mini', ...changes } = typeof run.model === 'string' ? { preset: run.model } : (run.model ?? {});
   const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
   const config = modelConfig(preset, { vocabSize: tokenizer.vocabSize, ...given });
   if (config.vocabSize < tokenizer.vocabSize) {
@@ -136,7 +136,10 @@ export function pinnedFacts(run: TextRunConfig, tokenizer: Tokenizer): Record<st
     kind: run.kind,
     seed: String(run.seed),
     // What the run asks for, not what the checkpoint holds: a changed run file must not go unnoticed.
-    model: digest(Object.entries(runModelConfig(run, tokenizer)).sort()),
+    model:
+      run.kind === 'pretrain' && run.from !== undefined
+        ? digest(run.from)
+        : digest(Object.entries(runModelConfig(run, tokenizer)).sort()),
     tokenizer: tokenizer.fingerprint,
     batch: digest(run.batch),
     ...(run.kind === 'distill' ? { distill: digest(run.distill) } : {}),

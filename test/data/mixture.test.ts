@@ -219,3 +219,18 @@ test('a run on a mixture tells what each source gave, and resumes exactly', asyn
   expect(whole.find((e) => e.type === 'evaluate')).toHaveProperty('sources');
   expect(parts.at(-1)).toMatchObject({ sources: (done as { sources: unknown }).sources });
 });
+
+test('continual pretraining begins with the weights and the tokenizer of a model', async () => {
+  const data = { jsonl: join(folder, 'gamma.jsonl'), field: 'body', validation: { jsonl: join(folder, 'alpha.jsonl') } };
+  const small = { batch: { sequences: 4, length: 16 }, schedule: { kind: 'constant' as const } };
+  const first = { kind: 'pretrain' as const, output: join(folder, 'first'), data, ...small, steps: 6 };
+  const losses = async (run: Parameters<typeof pretrain>[0]) => {
+    const all: number[] = [];
+    for await (const event of pretrain(run)) if (event.type === 'evaluate') all.push(event.loss);
+    return all;
+  };
+  const model = { preset: 'gemma2-nano', width: 16, layers: 1, heads: 1, kvHeads: 1, headSize: 16, hidden: 16 };
+  const [trained] = await losses({ ...first, tokenizer: { train: { vocabSize: 280 } }, model });
+  const [before] = await losses({ ...first, output: join(folder, 'second'), from: first.output, evaluate: { first: true } });
+  expect(before).toBe(trained);
+});

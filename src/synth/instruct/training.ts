@@ -44,17 +44,20 @@ export const synthesizerTraining = {
   mask: 'assistant-turns',
 } as const;
 
-/** Puts examples of one dataset, in an order drawn by the seed, behind one another until the next does not fit. @throws ConfigError */
-export function fewShotChains(
+/**
+ * Groups examples of one dataset, in an order drawn by the seed, as long as the next one fits: few-shot examples as they are seen whole.
+ * @throws ConfigError
+ */
+export function fewShotGroups(
   examples: readonly ContextPairs[],
   { tokenizer, length, shots = Number.POSITIVE_INFINITY, seed = 0 }: FewShotOptions,
-): { readonly chains: FewShotChain[]; readonly report: FewShotReport } {
+): { readonly groups: ContextPairs[][]; readonly report: FewShotReport } {
   checkSeed(seed);
   for (const [name, value] of Object.entries({ length, shots })) {
     if (value >= 1 && (Number.isInteger(value) || value === Number.POSITIVE_INFINITY)) continue;
-    throw new ConfigError(`fewShotChains: ${name} is ${value}; it should be a positive integer`, {
+    throw new ConfigError(`fewShotGroups: ${name} is ${value}; it should be a positive integer`, {
       code: 'ERR_CONFIG',
-      op: 'fewShotChains',
+      op: 'fewShotGroups',
       argument: name,
       expected: 'a positive integer',
       actual: String(value),
@@ -67,17 +70,12 @@ export function fewShotChains(
     if (own === undefined) byDataset.set(example.dataset, [example]);
     else own.push(example);
   }
-  const chains: FewShotChain[] = [];
+  const groups: ContextPairs[][] = [];
   const totals = { examples: 0, pairs: 0, tokens: 0, tooLong: 0 };
-  for (const [number, [dataset, own]] of [...byDataset].entries()) {
+  for (const [number, own] of [...byDataset.values()].entries()) {
     const place = permutation(own.length, seed, orderStream + number);
-    let chain: ChatMessage[] = [];
+    let group: ContextPairs[] = [];
     let filled = 0;
-    const close = (): void => {
-      if (chain.length > 0) chains.push({ dataset, messages: chain });
-      chain = [];
-      filled = 0;
-    };
     for (let i = 0; i < own.length; i++) {
       const example = own[place(i)]!;
       // A tokenizer may join what the turns of a chain keep apart: one token for each cut is left free.
@@ -86,19 +84,35 @@ export function fewShotChains(
         totals.tooLong++;
         continue;
       }
-      if (filled + tokens > length || chain.length === 2 * shots) close();
-      chain.push(
-        { role: 'user', content: contextText(example.context) },
-        { role: 'assistant', content: pairsText(example.pairs) },
-      );
+      if (group.length === 0 || filled + tokens > length || group.length === shots) {
+        group = [];
+        groups.push(group);
+        filled = 0;
+      }
+      group.push(example);
       filled += tokens;
       totals.examples++;
       totals.pairs += example.pairs.length;
       totals.tokens += tokens - 1;
     }
-    close();
   }
-  return { chains, report: { chains: chains.length, ...totals } };
+  return { groups, report: { chains: groups.length, ...totals } };
+}
+
+/** The groups of {@link fewShotGroups} as rows for `finetune`. @throws ConfigError */
+export function fewShotChains(
+  examples: readonly ContextPairs[],
+  options: FewShotOptions,
+): { readonly chains: FewShotChain[]; readonly report: FewShotReport } {
+  const { groups, report } = fewShotGroups(examples, options);
+  const chains = groups.map((group) => ({
+    dataset: group[0]!.dataset,
+    messages: group.flatMap(({ context, pairs }): ChatMessage[] => [
+      { role: 'user', content: contextText(context) },
+      { role: 'assistant', content: pairsText(pairs) },
+    ]),
+  }));
+  return { chains, report };
 }
 // A stream number of the seed that nothing else uses.
 const orderStream = 0x5f3c_0000;
