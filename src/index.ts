@@ -123,7 +123,19 @@ export {
 } from './ops/loss.ts';
 export { layerNorm, type RmsNormAddOptions, type RmsNormOptions, rmsNorm, rmsNormAdd } from './ops/norm.ts';
 export { type AdamWOptions, type AdamWState, adamw_, type Moment8 } from './ops/optimizer.ts';
-export { type Fp8Weight, linearFp8, quantizeFp8, type Weight } from './ops/quant.ts';
+export {
+  type AdaptedWeight,
+  type BlockWeight,
+  dequantize,
+  type Fp8Weight,
+  linearQuantized,
+  type QuantizedFormat,
+  type QuantizedWeight,
+  quantizeFp8,
+  quantizeQ4,
+  quantizeQ8,
+  type Weight,
+} from './ops/quant.ts';
 export { addNoise, randomNormal_ } from './ops/random.ts';
 export { allFinite, argmax, dot, logSoftmax, mean, softmax, squaredNorm, sum, topK } from './ops/reduce.ts';
 export { reshape, rows } from './ops/reshape.ts';

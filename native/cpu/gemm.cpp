@@ -1,5 +1,6 @@
 #include "cpu/gemm.h"
 
+#include "cpu/blocks.h"
 #include "cpu/gate.h"
 #include "cpu/simd.h"
 
@@ -97,6 +98,8 @@ template <class Body>
 void with_loader(const Matrix& x, Body&& body) {
   if (x.up && x.gate == static_cast<int>(Gate::silu)) body(LoadGated<Gate::silu>{static_cast<const float*>(x.data), x.up});
   else if (x.up) body(LoadGated<Gate::gelu_tanh>{static_cast<const float*>(x.data), x.up});
+  else if (x.bits == 8) body(LoadBlocks<8>{static_cast<const uint8_t*>(x.data), x.scales});
+  else if (x.bits == 4) body(LoadBlocks<4>{static_cast<const uint8_t*>(x.data), x.scales});
   else if (x.dtype == DType::bf16) body(LoadBf16{static_cast<const uint16_t*>(x.data)});
   else body(LoadF32{static_cast<const float*>(x.data)});
 }
@@ -457,7 +460,9 @@ void few(const Product& q, const float* a, int64_t lda, int64_t j0, int64_t j1) 
     else if (q.m - i == 2) few_rows<2>(q, b, a, lda, i, j0, j1);
     else if (q.m - i == 1) few_rows<1>(q, b, a, lda, i, j0, j1);
   };
-  if (q.b.dtype == DType::bf16) go(LoadBf16{static_cast<const uint16_t*>(q.b.data)});
+  if (q.b.bits == 8) go(LoadBlocks<8>{static_cast<const uint8_t*>(q.b.data), q.b.scales});
+  else if (q.b.bits == 4) go(LoadBlocks<4>{static_cast<const uint8_t*>(q.b.data), q.b.scales});
+  else if (q.b.dtype == DType::bf16) go(LoadBf16{static_cast<const uint16_t*>(q.b.data)});
   else go(LoadF32{static_cast<const float*>(q.b.data)});
 }
 

@@ -16,6 +16,9 @@ struct Matrix {
   const float* up = nullptr;
   int gate = 0;  // Gate of gate.h
   bool packed = false;  // as Packed lays it out, strides unused; B only
+  // With `bits` (8 or 4), codes in blocks with their scales, strides in elements of rows of whole blocks; B only.
+  const uint16_t* scales = nullptr;
+  int bits = 0;
 };
 inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }

@@ -2,14 +2,14 @@
 // group takes memory only from its backward pass to the update: activations that are freed on the way make room for it.
 import { copy_, fill_ } from '../ops/elementwise.ts';
 import { momentBlock } from '../ops/optimizer.ts';
-import { quantizeFp8_, type Weight } from '../ops/quant.ts';
+import { type QuantizedFormat, quantize_, type Weight } from '../ops/quant.ts';
 import { randomNormal_ } from '../ops/random.ts';
 import { currentDevice, withDevice } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { widenBf16 } from '../tensor/half.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { empty, type GradientSink, type Tensor, tensor, viewOf, withSink, writeAt } from '../tensor/tensor.ts';
-import { createFp8, type Fp8Parameter } from './fp8.ts';
+import { createQuantized, type QuantizedParameter } from './quantized.ts';
 
 /** One parameter, before it exists. */
 export interface ParameterSpec {
@@ -22,9 +22,11 @@ export interface ParameterSpec {
   readonly start: number;
   /** Whether weight decay holds for it. */
   readonly decay: boolean;
+  /** Its learning rate is that of the run times this. Default 1. The same for all of a group. */
+  readonly rate?: number;
 }
 
-/** A matrix that only `linear` reads, so that a frozen model may keep it in fp8. */
+/** A matrix that only `linear` reads, so that a frozen model may keep it in few bits. */
 export interface WeightSpec extends ParameterSpec {
   readonly linear: true;
 }
@@ -73,8 +75,17 @@ export interface ParameterGroup {
   readonly offset: number;
   /** Elements, padding included. */
   readonly size: number;
+  /** Its learning rate is that of the run times this. */
+  readonly rate: number;
   /** Their gradients [size] in the same order, zero where nothing wrote; they stay until zeroGrad(). */
   gradient(): Tensor;
+}
+
+/** A matrix that only `linear` reads, and its place in the tree: another weight of the same shape may be put there. */
+export interface LinearPlace {
+  readonly name: string;
+  readonly shape: readonly [number, number];
+  weight: Weight;
 }
 
 /** Parameters that exist. */
@@ -82,8 +93,10 @@ export interface Parameters<S extends SpecTree> {
   readonly tree: Tensors<S>;
   /** Those that lie in `values`. */
   readonly list: readonly NamedParameter[];
-  /** Those that are kept in fp8. */
-  readonly weights: readonly Fp8Parameter[];
+  /** Those that are kept in few bits. */
+  readonly weights: readonly QuantizedParameter[];
+  /** Where the matrices are that only `linear` reads. */
+  readonly linears: readonly LinearPlace[];
   /** All values; each parameter starts at a multiple of 64 elements, with zeros between. f32, or bf16 where that is all there is. */
   readonly values: Tensor;
   /** Rounded copies of f32 `values`, in the same places, where the ops read bf16; else undefined: they read `values`. */
@@ -95,7 +108,7 @@ export interface Parameters<S extends SpecTree> {
   /** Number of parameters, padding left out. */
   readonly count: number;
   /**
-   * Writes elements of a parameter from `from` on, rounded where it is kept in bf16 or fp8; each from its first to its last. When all
+   * Writes elements of a parameter from `from` on, rounded where it is kept in fewer bits; each from its first to its last. When all
    * are written {@link refresh} must follow.
    * @param data values, or in a Uint16Array the bits of bf16
    */
@@ -108,14 +121,14 @@ export interface Parameters<S extends SpecTree> {
 export interface ParameterOptions {
   /** With gradients. Default true. */
   readonly trainable?: boolean;
-  /** Of the initial values; undefined leaves all values zero (those of fp8 undefined), for loading into. */
+  /** Of the initial values; undefined leaves all values zero (those of few bits undefined), for loading into. */
   readonly seed?: number | undefined;
   /** What the ops read. Default f32 on the CPU, bf16 on a GPU. */
   readonly dtype?: 'f32' | 'bf16' | undefined;
   /** Whether bf16 parameters that are trained are copies of f32 values, which the optimizer changes. Default true. */
   readonly master?: boolean | undefined;
-  /** `fp8` keeps the matrices that only `linear` reads in one byte each; for frozen models. Default: like the others. */
-  readonly weights?: 'fp8' | undefined;
+  /** What frozen models keep the matrices in that only `linear` reads: 8 (`fp8`), 8.5 (`q8`) or 4.25 bits (`q4`). Default: like the others. */
+  readonly weights?: QuantizedFormat | undefined;
 }
 
 /** Each parameter starts at a multiple of this many elements, and each group at a multiple of a block of 8-bit moments. */
@@ -152,24 +165,50 @@ function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec
   return map(tree) as Tensors<S>;
 }
 
+/** The places in `tensors`, which is the tree of `tree`, of matrices that only `linear` reads. */
+function placesOf(tree: SpecTree, tensors: unknown): LinearPlace[] {
+  if (isSpec(tree)) return [];
+  const holder = tensors as Record<string, Weight>;
+  return Object.entries(tree).flatMap(([key, spec]: [string, SpecTree]): LinearPlace[] => {
+    if (!isSpec(spec)) return placesOf(spec, holder[key]);
+    if (!('linear' in spec)) return [];
+    return [
+      {
+        name: spec.name,
+        shape: spec.shape as readonly [number, number],
+        get weight() {
+          return holder[key]!;
+        },
+        set weight(weight) {
+          holder[key] = weight;
+        },
+      },
+    ];
+  });
+}
+
 /**
  * Makes the parameters of a tree, on the current device.
- * @throws ConfigError where parameters of fp8 are to be trained.
+ * @throws ConfigError where parameters of few bits are to be trained.
  */
 export function createParameters<S extends SpecTree>(tree: S, options: ParameterOptions = {}): Parameters<S> {
   const { trainable = true, seed, dtype = currentDevice() === 'cpu' ? 'f32' : 'bf16', master = true } = options;
-  const fp8 = (s: ParameterSpec): s is WeightSpec => options.weights === 'fp8' && 'linear' in s;
-  if (trainable && options.weights === 'fp8') {
-    throw new ConfigError('parameters: weights are fp8, which cannot be trained; leave weights out, or give trainable: false', {
-      code: 'ERR_CONFIG',
-      op: 'parameters',
-      argument: 'weights',
-    });
+  const { weights: format } = options;
+  const few = (s: ParameterSpec): s is WeightSpec => format !== undefined && 'linear' in s;
+  if (trainable && format !== undefined) {
+    throw new ConfigError(
+      `parameters: weights are ${format}, which cannot be trained; leave weights out, or give trainable: false`,
+      {
+        code: 'ERR_CONFIG',
+        op: 'parameters',
+        argument: 'weights',
+      },
+    );
   }
   const parts = partsOf(tree).map(specsOf);
   const lengths = parts.map((part) =>
     roundUp(
-      part.reduce((n, s) => n + (fp8(s) ? 0 : padded(sizeOf(s))), 0),
+      part.reduce((n, s) => n + (few(s) ? 0 : padded(sizeOf(s))), 0),
       momentBlock,
     ),
   );
@@ -185,7 +224,7 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
   const decay = new Uint8Array(size / block);
   const tensors = new Map<ParameterSpec, Weight>();
   const list: NamedParameter[] = [];
-  const weights: Fp8Parameter[] = [];
+  const weights: QuantizedParameter[] = [];
   const groups: ParameterGroup[] = [];
   let start = 0;
   for (const [part, specs] of parts.entries()) {
@@ -193,9 +232,9 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
     let offset = start;
     for (const spec of specs) {
       const stream = tensors.size;
-      if (fp8(spec)) {
-        const made = createFp8(spec.name, spec.shape as readonly [number, number]);
-        if (seed !== undefined) scope(() => quantizeFp8_(made.weight, drawn(spec, seed, stream)));
+      if (few(spec)) {
+        const made = createQuantized(spec.name, spec.shape as readonly [number, number], format!);
+        if (seed !== undefined) scope(() => quantize_(made.weight, drawn(spec, seed, stream)));
         tensors.set(spec, made.weight);
         weights.push(made);
         continue;
@@ -208,7 +247,8 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
       list.push({ name: spec.name, tensor: t, decay: spec.decay, offset });
       offset += padded(count);
     }
-    if (trainable && specs.length > 0) groups.push(groupOf(list.slice(-specs.length), start, length));
+    if (trainable && specs.length > 0)
+      groups.push(groupOf(list.slice(-specs.length), { offset: start, size: length, rate: specs[0]!.rate ?? 1 }));
     start += length;
   }
   const refresh = (): void => {
@@ -220,10 +260,12 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
   for (const { name, write } of weights) {
     writers.set(name, (from, data) => write(from, data instanceof Uint16Array ? widenBf16(data) : data));
   }
+  const made = mapTree(tree, tensors);
   return {
-    tree: mapTree(tree, tensors),
+    tree: made,
     list,
     weights,
+    linears: placesOf(tree, made),
     values,
     copies,
     groups,
@@ -247,7 +289,8 @@ function writeValues(values: Tensor, at: number, data: Float32Array | Uint16Arra
   else scope(() => copy_(viewOf(values, [data.length], at), tensor(data)));
 }
 
-function groupOf(list: readonly NamedParameter[], offset: number, size: number): ParameterGroup {
+function groupOf(list: readonly NamedParameter[], place: Omit<ParameterGroup, 'gradient'>): ParameterGroup {
+  const { offset, size } = place;
   const gaps = size > list.reduce((n, { tensor }) => n + tensor.size, 0);
   let flat: Tensor | undefined;
   let users = 0;
@@ -282,8 +325,7 @@ function groupOf(list: readonly NamedParameter[], offset: number, size: number):
   });
   for (const [i, { tensor }] of list.entries()) withSink(tensor, sinks[i]!);
   return {
-    offset,
-    size,
+    ...place,
     gradient() {
       for (const sink of sinks) {
         const gradient = sink.tensor();
@@ -294,7 +336,7 @@ function groupOf(list: readonly NamedParameter[], offset: number, size: number):
   };
 }
 
-/** The same values whatever they are kept in: those of bf16 and fp8 are rounded from f32. */
+/** The same values whatever they are kept in: those of fewer bits are rounded from f32. */
 function initialise(values: Tensor, offset: number, spec: ParameterSpec, seed: number, stream: number): void {
   scope(() => {
     const place = viewOf(values, spec.shape, offset);

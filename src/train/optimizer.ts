@@ -65,8 +65,10 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
         let norm: Tensor | undefined;
         for (const group of groups) norm = squaredNorm(group.gradient(), norm);
         this.updates++;
-        const rates = tensor(Float64Array.of(learningRate, this.updates));
-        for (const [index, { offset, size, gradient }] of groups.entries()) {
+        const rates = new Map<number, Tensor>();
+        for (const { rate } of groups)
+          rates.set(rate, rates.get(rate) ?? tensor(Float64Array.of(learningRate * rate, this.updates)));
+        for (const [index, { offset, size, rate, gradient }] of groups.entries()) {
           const update: AdamWState = {
             p: viewOf(values, [size], offset),
             g: gradient(),
@@ -76,8 +78,8 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
             copy: copies === undefined ? undefined : viewOf(copies, [size], offset),
           };
           adamw_(update, norm!, {
-            rates,
-            lr: learningRate,
+            rates: rates.get(rate),
+            lr: learningRate * rate,
             beta1,
             beta2,
             eps,

@@ -1,14 +1,14 @@
-// A frozen matrix of one byte an element, which is filled without ever lying in memory whole in a wider type.
-import { type Fp8Weight, quantizeFp8_ } from '../ops/quant.ts';
+// A frozen matrix of few bits an element, which is filled without ever lying in memory whole in a wider type.
+import { type QuantizedFormat, type QuantizedWeight, quantize_, quantizedShapes } from '../ops/quant.ts';
 import { LimbeckError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { empty, tensor, viewOf } from '../tensor/tensor.ts';
 
-/** A parameter that is kept in fp8. */
-export interface Fp8Parameter {
+/** A parameter that is kept in few bits. */
+export interface QuantizedParameter {
   readonly name: string;
   readonly shape: readonly [number, number];
-  readonly weight: Fp8Weight;
+  readonly weight: QuantizedWeight;
   /** Takes elements from the first to the last. */
   write(from: number, data: Float32Array): void;
   dispose(): void;
@@ -18,9 +18,11 @@ export interface Fp8Parameter {
 const atOnce = 1 << 18;
 
 /** Makes one; its values are undefined until all are written. */
-export function createFp8(name: string, shape: readonly [number, number]): Fp8Parameter {
+export function createQuantized(name: string, shape: readonly [number, number], format: QuantizedFormat): QuantizedParameter {
   const [n, k] = shape;
-  const weight = keep({ codes: empty([n, k], 'u8'), scale: empty([n]) });
+  const sizes = quantizedShapes(format, n, k);
+  const scale = empty(sizes.scale, format === 'fp8' ? 'f32' : 'bf16');
+  const weight = keep({ format, shape, codes: empty(sizes.codes, 'u8'), scale } as QuantizedWeight);
   let staged: Float32Array | undefined;
   let done = 0; // elements that are rounded
   let waiting = 0; // elements that are staged
@@ -28,8 +30,15 @@ export function createFp8(name: string, shape: readonly [number, number]): Fp8Pa
   const round = (): void => {
     const [row, rows] = [done / k, waiting / k];
     scope(() => {
-      const w = tensor(staged!.subarray(0, waiting), [rows, k]);
-      quantizeFp8_({ codes: viewOf(weight.codes, [rows, k], done), scale: viewOf(weight.scale, [rows], row) }, w);
+      const part = quantizedShapes(format, rows, k);
+      const [codes, perRow] = [part.codes[1], part.scale[1] ?? 1];
+      const into = {
+        format,
+        shape: [rows, k],
+        codes: viewOf(weight.codes, part.codes, row * codes),
+        scale: viewOf(weight.scale, part.scale, row * perRow),
+      } as const;
+      quantize_(into as QuantizedWeight, tensor(staged!.subarray(0, waiting), [rows, k]));
     });
     done += waiting;
     waiting = 0;
