@@ -32,6 +32,7 @@ export {
   writeOnnx,
 } from './io/onnx.ts';
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
+export { type LoadAdapterOptions, loadAdapter, saveAdapter } from './models/adapter.ts';
 export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
 export {
   type CompleteOptions,
@@ -90,6 +91,17 @@ export { exportOnnx, type OnnxExportOptions } from './models/onnx.ts';
 export { type Preset, presets } from './models/presets.ts';
 export type { SamplingOptions } from './models/sampling.ts';
 export { type ScoreRequest, scoreTokens } from './models/score.ts';
+export {
+  type Adaptable,
+  type Adapter,
+  type AdapterOptions,
+  createAdapter,
+  mergeAdapter,
+  setAdapter,
+  unmergeAdapter,
+  withAdapter,
+  withDropout,
+} from './nn/lora.ts';
 // Parameters and models
 export {
   countParameters,

@@ -73,7 +73,7 @@ export interface SaveOptions {
 
 /**
  * Writes config.json, the weights and the tokenizer into a folder, each beside and renamed. Transformers loads it.
- * @throws ConfigError for a model of fp8 weights.
+ * @throws ConfigError for a model of weights of few bits.
  */
 export async function saveModel(
   folder: string,

@@ -153,7 +153,8 @@ async function checkTied(stored: Weights, embedding: string): Promise<void> {
   }
 }
 
-function floats(data: SafetensorsArray, dtype: string, what: string): Float32Array | Uint16Array {
+/** @internal What a file holds: values, or in a Uint16Array the bits of bf16. */
+export function floats(data: SafetensorsArray, dtype: string, what: string): Float32Array | Uint16Array {
   if (data instanceof Float32Array) return data;
   if (data instanceof Uint16Array && dtype === 'BF16') return data;
   if (data instanceof Uint16Array && dtype === 'F16') return widenHalf(data);
@@ -163,7 +164,7 @@ function floats(data: SafetensorsArray, dtype: string, what: string): Float32Arr
 
 export type SavedType = 'f32' | 'bf16';
 
-/** Writes the parameters of a model into the files of a folder. @throws ConfigError for a model of fp8 weights */
+/** Writes the parameters of a model into the files of a folder. @throws ConfigError for a model of weights of few bits */
 export async function writeParameters(
   folder: string,
   config: ModelConfig,
@@ -173,11 +174,15 @@ export async function writeParameters(
 ): Promise<void> {
   const { list, values, weights } = parameters;
   if (weights.length > 0) {
-    throw new ConfigError('saveModel: the weights of this model are rounded to fp8; keep the folder that it was loaded from', {
-      code: 'ERR_CONFIG',
-      op: 'saveModel',
-      argument: 'model',
-    });
+    const { format } = weights[0]!.weight;
+    throw new ConfigError(
+      `saveModel: the weights of this model are rounded to ${format}; keep the folder that it was loaded from`,
+      {
+        code: 'ERR_CONFIG',
+        op: 'saveModel',
+        argument: 'model',
+      },
+    );
   }
   // One read of the flat tensor is one consistent moment of training.
   const other = values.dtype === dtype ? undefined : keep(cast(values, dtype));

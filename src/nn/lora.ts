@@ -239,7 +239,7 @@ async function fill(adapter: LiveAdapter, places: readonly LinearPlace[]): Promi
     }
   }
   parameters.refresh();
-  for (const [module, lowRank] of weights) if (options.init === 'olora') rememberStart(module, lowRank);
+  if (options.init === 'olora') for (const lowRank of weights.values()) rememberStart(lowRank);
   if (options.kind === 'lora') return;
   for (const place of places) {
     const module = moduleOf(place.name);
@@ -254,7 +254,7 @@ async function fill(adapter: LiveAdapter, places: readonly LinearPlace[]): Promi
 }
 
 /** @internal Copies A and B as they are now: what is taken away from then on. */
-function rememberStart(_module: string, lowRank: Mutable<LowRank>): void {
+export function rememberStart(lowRank: Mutable<LowRank>): void {
   const copyOf = (t: Tensor): Tensor =>
     withDevice(t.device, () => {
       const made = keep(empty(t.shape, t.dtype));

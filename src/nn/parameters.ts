@@ -169,7 +169,7 @@ function mapTree<S extends SpecTree>(tree: S, tensors: ReadonlyMap<ParameterSpec
 function placesOf(tree: SpecTree, tensors: unknown): LinearPlace[] {
   if (isSpec(tree)) return [];
   const holder = tensors as Record<string, Weight>;
-  return Object.entries(tree).flatMap(([key, spec]: [string, SpecTree]): LinearPlace[] => {
+  return Object.entries(tree ?? {}).flatMap(([key, spec]: [string, SpecTree]): LinearPlace[] => {
     if (!isSpec(spec)) return placesOf(spec, holder[key]);
     if (!('linear' in spec)) return [];
     return [

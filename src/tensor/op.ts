@@ -87,8 +87,9 @@ export function op(spec: OpSpec): Op {
         recordHead(info.op, args, info.arguments, info.outputs, outputs, requests);
       } else if (backward !== undefined) {
         plan ??= makePlan(forward, backward, spec.inPlace ?? {});
-        recordCall(info.op, plan, args, outputs);
-        if (options.cheap ?? spec.cheap ?? false) outputs[0]!.recipe = recipeOf(forward, args);
+        const cheap = options.cheap ?? spec.cheap ?? false;
+        recordCall(info.op, plan, args, outputs, cheap);
+        if (cheap) outputs[0]!.recipe = recipeOf(forward, args);
       } else {
         throw new LimbeckError(`${info.op}: no gradient is defined; call it inside noGrad() if none is wanted`, {
           code: 'ERR_NO_GRADIENT',
@@ -134,8 +135,16 @@ function makePlan(forward: Kernel, backward: Kernel, inPlace: Readonly<Record<st
   };
 }
 
-function recordCall(name: string, plan: BackwardPlan, args: readonly Argument[], outputs: readonly (Tensor | undefined)[]): void {
+function recordCall(
+  name: string,
+  plan: BackwardPlan,
+  args: readonly Argument[],
+  outputs: readonly (Tensor | undefined)[],
+  cheap: boolean,
+): void {
   const saved: Tensor[] = [];
+  // To make the output again takes all inputs. Those that a gradient flows to are kept by their own call; the others are kept here.
+  if (cheap) for (const a of args) if (typeof a === 'object' && !a.tracked) saved.push(save(a));
   for (const i of plan.savedInputs) if (typeof args[i] === 'object') saved.push(save(args[i] as Tensor));
   for (const i of plan.savedOutputs) if (outputs[i] !== undefined) saved.push(save(outputs[i]));
   record({

@@ -1,11 +1,11 @@
 import { expect, test } from 'vitest';
-import { add } from '../../src/ops/elementwise.ts';
+import { add, scale } from '../../src/ops/elementwise.ts';
 import { layerNorm, rmsNorm, rmsNormAdd } from '../../src/ops/norm.ts';
 import { dot } from '../../src/ops/reduce.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
-import { parameter, tensor } from '../../src/tensor/tensor.ts';
+import { parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import { type Array64, checkOp, elementwise, type Input, rowwise, total } from './check.ts';
 
 // No rows, rows of one, primes, one past a vector, two parts of the sum over rows; rows that a warp, a block, or no block can hold.
@@ -122,4 +122,32 @@ test('a weight of another width is refused, with both shapes', () => {
     expect(() => rmsNorm(x, w)).toThrow(/w has shape \[2\], expected \[3\]/);
     expect(() => layerNorm(x, tensor([1, 2, 3]), w)).toThrow(ShapeError);
   });
+});
+
+test('what a cheap output is made of again is kept, also where no gradient flows to it', async () => {
+  const x = parameter(tensor([1, 2, 3, 4], [2, 2]));
+  const w = tensor([0, 0]);
+  const one = tensor([1, 1, 1, 1], [2, 2]);
+  const loss = valueAndGrad(() => {
+    const y = scope(() => rmsNormAdd(x, w, scale(one, 2), { offset: 1, cheap: true }));
+    const more = scope(() => tensor(new Float32Array(4).fill(9), [2, 2])); // takes the memory that is free
+    more.dispose();
+    return dot(y, y);
+  });
+  const gradient = (await x.grad!.read()) as Float32Array;
+  const slope = async (i: number, h: number): Promise<number> => {
+    const moved = tensor(
+      [1, 2, 3, 4].map((v, j) => (i === j ? v + h : v)),
+      [2, 2],
+    );
+    const value: Tensor = scope(() => {
+      const y = rmsNormAdd(moved, w, scale(one, 2), { offset: 1 });
+      return dot(y, y);
+    });
+    const read = await value.item();
+    for (const t of [moved, value]) t.dispose();
+    return read;
+  };
+  for (const [i, g] of gradient.entries()) expect(g).toBeCloseTo(((await slope(i, 1e-2)) - (await slope(i, -1e-2))) / 2e-2, 2);
+  for (const t of [x, w, one, loss]) t.dispose();
 });
