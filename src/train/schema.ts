@@ -327,9 +327,11 @@ function makeSchemas() {
         .strictObject({
           checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.'),
           weights: z
-            .literal('fp8')
+            .enum(['fp8', 'q8', 'q4'])
             .optional()
-            .describe('"fp8" keeps the matrices of its layers in one byte each, rounded. Default: like the student.'),
+            .describe(
+              'Keeps the matrices of its layers rounded, in 8 ("fp8"), 8.5 ("q8") or 4.25 bits ("q4") each. Default: like the student.',
+            ),
         })
         .describe('Whose distribution is learned.'),
       distill: z

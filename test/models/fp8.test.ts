@@ -61,14 +61,14 @@ describe('against the same model in f32', () => {
   });
 });
 
-test('loading and making give the same bits', async () => {
+test.each(['fp8', 'q8', 'q4'] as const)('loading and making give the same bits in %s', async (weights) => {
   const folder = mkdtempSync(join(tmpdir(), 'limbeck-fp8-'));
   // Rows that do not divide what is read or rounded at once.
   const odd: DecoderConfig = { ...config, width: 126, hidden: 3001, layers: 1 };
   const exact = createModel(odd, { seed: 4 });
   await saveModel(folder, exact);
   exact.dispose();
-  const [made, loaded] = [createModel(odd, { seed: 4, ...frozen }), await loadWeights(folder, { weights: 'fp8' })];
+  const [made, loaded] = [createModel(odd, { seed: 4, ...frozen, weights }), await loadWeights(folder, { weights })];
   for (const [i, { name, weight }] of made.parameters.weights.entries()) {
     const other = loaded.parameters.weights[i]!;
     expect(other.name).toBe(name);
