@@ -25,7 +25,7 @@ const base = defineRun({
   output: `${folder}/base`,
   data: { jsonl: `${folder}/prose.jsonl`, validation: 0.05 },
   tokenizer: { train: { vocabSize: 2048 } },
-  model: 'gemma2-micro',
+  model: 'gpt2-micro',
   steps: Number(steps),
   optimizer: { learningRate: 3e-3 },
 });

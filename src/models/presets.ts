@@ -1,5 +1,6 @@
 // Configurations by name.
 import type { DecoderConfig } from './decoder.ts';
+import type { Gpt2Config } from './gpt2.ts';
 
 /** What all Gemma 2 models have in common (arXiv:2408.00118). */
 const gemma2 = {
@@ -21,6 +22,19 @@ const gemma2 = {
   normEps: 1e-6,
   initStd: 0.02,
   context: 8192,
+} as const;
+
+/** What all GPT-2 models have in common. */
+const gpt2 = {
+  architecture: 'gpt2',
+  vocabSize: 50_257,
+  window: null,
+  layerPattern: ['global'],
+  finalCap: null,
+  normEps: 1e-5,
+  initStd: 0.02,
+  context: 1024,
+  tied: true,
 } as const;
 
 /** The published sizes, with the 256,128 rows that the report counts (public weights keep 256,000), and small ones for the CPU. */
@@ -117,6 +131,34 @@ export const presets = {
     queryScalar: 64,
     context: 2048,
   },
-} as const satisfies Record<string, DecoderConfig>;
+  /** GPT-2 as published: 124 M parameters. */
+  gpt2: { ...gpt2, width: 768, layers: 12, heads: 12, kvHeads: 12, headSize: 64, hidden: 3072 },
+  /** 355 M parameters. */
+  'gpt2-medium': { ...gpt2, width: 1024, layers: 24, heads: 16, kvHeads: 16, headSize: 64, hidden: 4096 },
+  /** 0.2 M parameters without the embeddings: for tests and first tries. */
+  'gpt2-nano': {
+    ...gpt2,
+    vocabSize: 4096,
+    width: 96,
+    layers: 2,
+    heads: 3,
+    kvHeads: 3,
+    headSize: 32,
+    hidden: 384,
+    context: 512,
+  },
+  /** 0.8 M parameters without the embeddings. */
+  'gpt2-micro': {
+    ...gpt2,
+    vocabSize: 4096,
+    width: 128,
+    layers: 4,
+    heads: 4,
+    kvHeads: 4,
+    headSize: 32,
+    hidden: 512,
+    context: 512,
+  },
+} as const satisfies Record<string, DecoderConfig | Gpt2Config>;
 
 export type Preset = keyof typeof presets;

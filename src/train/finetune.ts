@@ -1,9 +1,7 @@
 import { readFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { type Instructions, openInstructions } from '../data/instructions.ts';
 import type { Batch } from '../data/pack.ts';
 import { evaluateModel } from '../evaluate/evaluate.ts';
-import { writeAtomic } from '../io/atomic.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import { type LanguageModel, loadModel, saveModel } from '../models/model.ts';
 import { linearCrossEntropy } from '../ops/loss.ts';
@@ -45,7 +43,7 @@ export async function* finetune(
     const loaded = await loadModel(folder, { trainable: true, master: parsed.optimizer.master });
     model = loaded.model;
     const { tokenizer } = loaded;
-    checkModel(parsed, model, tokenizer);
+    checkLength(parsed, model);
     const template = await runTemplate(parsed, folder, tokenizer);
     const { format, ...rows } = parsed.data;
     const data = await openInstructions({
@@ -81,10 +79,8 @@ export async function* finetune(
         loss: (batch, micro) => instructionLoss(own, batch, micro, run),
         evaluate: () => evaluateModel(own, data.validation(limit(run))),
         samples: (step) => sampleResponses(answers, step),
-        save: async (into) => {
-          await saveModel(into, own, tokenizer);
-          await saveTemplate(into, template);
-        },
+        // Transformers and others read the file of a template before what tokenizer_config.json says.
+        save: (into) => saveModel(into, own, tokenizer, { files: { ...loaded.files, 'chat_template.jinja': template.source } }),
         finish: (step) => writeResponses(answers, step),
       },
       options,
@@ -121,26 +117,15 @@ async function runTemplate(run: FinetuneConfig, folder: string, tokenizer: Token
   return chatTemplate(source, tokenizer, template);
 }
 
-/** Transformers and others read it before what tokenizer_config.json says. */
-function saveTemplate(folder: string, { source }: ChatTemplate): Promise<void> {
-  return writeAtomic(join(folder, 'chat_template.jinja'), (file) => file.writeFile(source));
-}
-
-function checkModel(run: FinetuneConfig, { config }: LanguageModel, tokenizer: Tokenizer): void {
-  const refuse = (argument: string, is: string, expected: string): never => {
-    throw new ConfigError(`${run.name}: ${argument} ${is}; ${expected}`, {
-      code: 'ERR_CONFIG',
-      op: 'finetune',
-      argument,
-      expected,
-    });
-  };
-  if (run.batch.length > config.context) {
-    refuse('batch.length', `is ${run.batch.length}`, `the model reads at most ${config.context} tokens`);
-  }
-  if (tokenizer.vocabSize > config.vocabSize) {
-    refuse('model', `has ${config.vocabSize} rows of vocabulary`, `its tokenizer has ${tokenizer.vocabSize} ids`);
-  }
+function checkLength(run: FinetuneConfig, { config }: LanguageModel): void {
+  if (run.batch.length <= config.context) return;
+  throw new ConfigError(`${run.name}: batch.length is ${run.batch.length}; the model reads at most ${config.context} tokens`, {
+    code: 'ERR_CONFIG',
+    op: 'finetune',
+    argument: 'batch.length',
+    expected: `at most ${config.context}`,
+    actual: String(run.batch.length),
+  });
 }
 
 /** The same run with its length in steps. */

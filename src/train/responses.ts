@@ -3,9 +3,10 @@
 import { join } from 'node:path';
 import type { Conversation } from '../data/conversations.ts';
 import { writeAtomic } from '../io/atomic.ts';
-import { generateText } from '../models/completion.ts';
+import { completions } from '../models/completion.ts';
+import type { FinishReason } from '../models/generate.ts';
 import type { LanguageModel } from '../models/model.ts';
-import type { ChatTemplate, Message } from '../tokenizer/chat.ts';
+import { type ChatTemplate, encodeChat, type Message } from '../tokenizer/chat.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { FinetuneConfig } from './config.ts';
 import type { ResponsesEvent, SampleEvent } from './events.ts';
@@ -21,6 +22,8 @@ export interface Response {
   readonly reference: string;
   /** The answer of the model. */
   readonly response: string;
+  /** Why it ends there: `stop` at the end of a turn, `length` after as many tokens as were asked for. */
+  readonly finish: FinishReason;
 }
 
 /** Who answers what. */
@@ -34,26 +37,34 @@ export interface Answerer {
 
 /** Answers to the first `count` held-out instructions that leave room for one, in order. */
 async function answer({ model, tokenizer, template, heldOut, run }: Answerer, count: number): Promise<Response[]> {
-  const responses: Response[] = [];
-  const { tokens, temperature } = run.responses;
-  const { turnEnd } = template;
-  const begin = tokenizer.bos === undefined ? '' : (tokenizer.token(tokenizer.bos) ?? '');
-  for (const { messages, tools } of heldOut) {
-    if (responses.length === count) break;
+  const asked = heldOut.flatMap(({ messages, tools }) => {
     const before = messages.slice(0, -1);
-    const text = template.render(before, { addGenerationPrompt: true, ...(tools === undefined ? {} : { tools }) });
-    const prompt = begin !== '' && text.startsWith(begin) ? text.slice(begin.length) : text;
-    if (tokenizer.encode(prompt).length + 1 >= model.config.context) continue;
-    let said = '';
-    for await (const piece of generateText(model, tokenizer, prompt, { tokens, temperature, seed: run.seed })) {
-      said += piece;
-      if (turnEnd !== '' && said.includes(turnEnd)) break;
-    }
-    const end = turnEnd === '' ? -1 : said.indexOf(turnEnd);
-    const response = (end < 0 ? said : said.slice(0, end)).trim();
-    responses.push({ messages: before, reference: messages.at(-1)!.content, response });
+    const options = { addGenerationPrompt: true, ...(tools === undefined ? {} : { tools }) };
+    const { ids } = encodeChat(template, tokenizer, before, options);
+    return ids.length < model.config.context ? [{ before, ids, reference: messages.at(-1)!.content }] : [];
+  });
+  const chosen = asked.slice(0, count);
+  const { tokens, temperature } = run.responses;
+  const responses: Response[] = [];
+  const options = {
+    tokens,
+    temperature,
+    seed: run.seed,
+    batch: Math.min(8, run.batch.sequences),
+    ...(template.turnEnd === '' ? {} : { stop: template.turnEnd, stopIds: turnEndId(template, tokenizer) }),
+  };
+  const prompts = chosen.map(({ ids }) => ids);
+  for await (const { index, text, finish } of completions(model, tokenizer, prompts, options)) {
+    const { before, reference } = chosen[index]!;
+    responses[index] = { messages: before, reference, response: text.trim(), finish };
   }
   return responses;
+}
+
+/** The token that ends a turn, where it is one. */
+function turnEndId({ turnEnd }: ChatTemplate, tokenizer: Tokenizer): number[] {
+  const ids = tokenizer.encode(turnEnd);
+  return ids.length === 1 ? [ids[0]!] : [];
 }
 
 /** Answers to a few held-out instructions as events. */
