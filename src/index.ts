@@ -20,6 +20,7 @@ export { type Source, type TextFilesOptions, type TextSource, type TokenSource, 
 export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeTokenFile } from './data/tokens.ts';
 // Training, distillation, evaluation
 export { distill } from './distill/distill.ts';
+export { cacheTeacher, type TaughtCache, type TeachOptions } from './distill/teach.ts';
 export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
 // Files
 export {

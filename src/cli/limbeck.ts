@@ -15,9 +15,11 @@ import { generate } from './generate.ts';
 import { plan } from './plan.ts';
 import { pretrain } from './pretrain.ts';
 import { report } from './report.ts';
+import { teach } from './teach.ts';
 
 const commands: Readonly<Record<string, Command>> = {
   pretrain,
+  teach,
   distill,
   finetune,
   evaluate,

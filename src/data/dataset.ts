@@ -99,11 +99,17 @@ export interface Dataset {
   close(): Promise<void>;
 }
 
+/** A dataset of running text. */
+export interface TextDataset extends Dataset {
+  /** Those of the training sources in their order, then that of held-out data from sources of its own. `places` number all their tokens. */
+  readonly stores: readonly TokenStore[];
+}
+
 /**
  * Opens a corpus for training.
  * @throws DataError `ERR_EMPTY`, `ERR_SPLIT`, `ERR_UTF8`, `ERR_MALFORMED` (strict), `ERR_TOKEN_RANGE`, `ERR_VOCABULARY`; ConfigError
  */
-export async function openDataset(options: DatasetOptions): Promise<Dataset> {
+export async function openDataset(options: DatasetOptions): Promise<TextDataset> {
   checkLayout(options, 'openDataset');
   const seed = checkSeed(options.seed ?? 0);
   const { validation, length } = options;
@@ -113,6 +119,7 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
   };
   const load = async (sources: readonly Source[], what: string) => {
     const corpus = await openCorpus(sources, options);
+    const base = total(opened.map(({ store }) => store.tokens));
     opened.push(corpus);
     if (sources.length > 0 && corpus.store.tokens === 0) {
       throw new DataError(
@@ -124,7 +131,7 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
         },
       );
     }
-    return corpus;
+    return { store: corpus.store, base };
   };
   try {
     const mixed = 'mixture' in options.train ? options.train : undefined;
@@ -136,10 +143,10 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
     const parts: Part[] = [];
     const held: Selection[] = [];
     for (const [i, { name, source, weight, repeat }] of given.entries()) {
-      const { store } = await load(listOf(source), name);
+      const { store, base } = await load(listOf(source), name);
       const all = Uint32Array.from({ length: store.ends.length }, (_, j) => j);
       const out = shared ? holdOut(validation as Held, all.length, seed) : new Uint32Array(0);
-      if (shared) held.push({ store, documents: out, segments: segmentsOf(store, out, length) });
+      if (shared) held.push({ store, base, documents: out, segments: segmentsOf(store, out, length) });
       const drawn = new Set(out);
       const documents = shared ? all.filter((j) => !drawn.has(j)) : all;
       const segments = segmentsOf(store, documents, length);
@@ -152,18 +159,19 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
       parts.push({
         name,
         store,
+        base,
         documents,
         segments,
         tokens: segments.tokens,
-        rows: new Rows(segments, length, shuffledOrder(segments.count, seed, i)),
+        rows: new Rows(segments, length, shuffledOrder(segments.count, seed, i), options.whole),
         ...(weight === undefined ? {} : { weight }),
         ...(repeat === undefined ? {} : { repeat }),
       });
     }
     if (validation !== undefined && !shared) {
-      const { store } = await load(listOf(validation as Source | readonly Source[]), 'validation');
+      const { store, base } = await load(listOf(validation as Source | readonly Source[]), 'validation');
       const documents = Uint32Array.from({ length: store.ends.length }, (_, i) => i);
-      held.push({ store, documents, segments: segmentsOf(store, documents, length) });
+      held.push({ store, base, documents, segments: segmentsOf(store, documents, length) });
     }
 
     const reports = opened.map((corpus) => corpus.report);
@@ -172,12 +180,13 @@ export async function openDataset(options: DatasetOptions): Promise<Dataset> {
     const padded = { ...options, pad: options.pad ?? options.tokenizer.pad ?? 0 };
     return {
       train: loader(parts, padded, seed, mixed !== undefined),
+      stores: opened.map(({ store }) => store),
       async *validation({ batches = Number.POSITIVE_INFINITY } = {}) {
         let left = batches;
-        for (const { store, segments } of held) {
-          const rows = new Rows(segments, length, () => storeOrder());
+        for (const { store, base, segments } of held) {
+          const rows = new Rows(segments, length, () => storeOrder(), options.whole);
           for (; left > 0; left--) {
-            const batch = await take(() => place(store, rows.next(true)), padded);
+            const batch = await take(() => place(store, base, rows.next(true)), padded);
             if (batch === undefined) break;
             yield batch;
           }
@@ -214,6 +223,8 @@ function total(numbers: readonly number[]): number {
 /** Documents of a store. */
 interface Selection {
   readonly store: TokenStore;
+  /** Tokens of the stores before. */
+  readonly base: number;
   readonly documents: Uint32Array;
   readonly segments: Segments;
 }
@@ -229,11 +240,12 @@ function sourceReports(parts: readonly Part[]): SourceReport[] {
 /** A row and the store that it lies in. */
 interface PlacedRow {
   readonly store: TokenStore;
+  readonly base: number;
   readonly row: readonly Piece[];
 }
 
-function place(store: TokenStore, row: readonly Piece[] | undefined): PlacedRow | undefined {
-  return row === undefined ? undefined : { store, row };
+function place(store: TokenStore, base: number, row: readonly Piece[] | undefined): PlacedRow | undefined {
+  return row === undefined ? undefined : { store, base, row };
 }
 
 /** The next rows of a walk as a batch; undefined when there are none. */
@@ -244,13 +256,13 @@ async function take(next: () => PlacedRow | undefined, layout: Layout): Promise<
     if (rows.length === layout.batch) break;
   }
   if (rows.length === 0) return undefined;
-  return layOut(await Promise.all(rows.map(({ store, row }) => readRow(store, row))), layout);
+  return layOut(await Promise.all(rows.map(({ store, base, row }) => readRow(store, row, base))), layout);
 }
 
 function loader(parts: readonly Part[], layout: Layout, seed: number, mixture: boolean): Loader {
   const mixed = new MixedRows(parts, layout.length);
   const all = total(parts.map(({ tokens, repeat = 1 }) => tokens * repeat));
-  const fixed = { version: 1 as const, seed, length: layout.length, data: partsFingerprint(parts, mixture) };
+  const fixed = { version: 1 as const, seed, length: layout.length, data: partsFingerprint(parts, mixture, layout.whole) };
   const [{ rows, segments }] = parts as readonly [Part];
   let tokens = 0;
   // One batch at a time: rows are taken in the order of the calls.
@@ -262,7 +274,7 @@ function loader(parts: readonly Part[], layout: Layout, seed: number, mixture: b
           throw new DataError('next: there is no training data', { code: 'ERR_EMPTY', op: 'next', argument: 'train' });
         const taken = (await take(() => {
           const { part, row } = mixed.next();
-          return { store: parts[part]!.store, row };
+          return { ...parts[part]!, row };
         }, layout))!;
         tokens += taken.tokens;
         return taken;
@@ -291,8 +303,8 @@ function loader(parts: readonly Part[], layout: Layout, seed: number, mixture: b
 }
 
 /** Of documents and proportions; of a single source, of its documents alone. */
-function partsFingerprint(parts: readonly Part[], mixture: boolean): string {
-  const own = parts.map(({ store, documents }) => dataFingerprint(store, documents));
+function partsFingerprint(parts: readonly Part[], mixture: boolean, whole: boolean | undefined): string {
+  const own = parts.map(({ store, documents }) => dataFingerprint(store, documents, whole));
   if (!mixture) return own[0]!;
   const facts = parts.map(({ name, weight, repeat }, i) => [name, weight ?? null, repeat ?? null, own[i]]);
   return createHash('sha256').update(JSON.stringify(facts)).digest('hex').slice(0, 16);
@@ -316,8 +328,9 @@ export function checkState(state: DatasetState, now: Pick<DatasetState, 'version
   }
 }
 
-function dataFingerprint(store: TokenStore, documents: Uint32Array): string {
+function dataFingerprint(store: TokenStore, documents: Uint32Array, whole = false): string {
   const hash = createHash('sha256');
+  if (whole) hash.update('whole');
   hash.update(store.ends);
   hash.update(documents);
   return hash.digest('hex').slice(0, 16);

@@ -18,10 +18,22 @@ export interface Batch {
   readonly positions: Int32Array;
   /** First place of the row that a token may attend to: where its document begins. */
   readonly starts: Int32Array;
+  /** Number of each token in the stores of its dataset, -1 for padding; with `whole` only. */
+  readonly places?: Float64Array;
+  /** What a teacher found likely at each place, [b t k]; with a cached teacher only. */
+  readonly likely?: Likely;
   /** Tokens of documents, padding not counted. */
   readonly tokens: number;
   /** Tokens to predict: the sum of the weights. */
   readonly predicted: number;
+}
+
+/** The k likeliest tokens at each of many places, the likeliest first; -1 where there are none. */
+export interface Likely {
+  readonly topK: number;
+  readonly ids: Int32Array;
+  /** Natural logarithms of their probabilities. */
+  readonly logProbs: Float32Array;
 }
 
 /** A piece of one document within a row, and the token that follows it there (-1: the document ends). */
@@ -30,6 +42,8 @@ export interface Span {
   readonly next: number;
   /** What the token after each id counts as a target, one for each id; 0 makes it no target. Default: 1. */
   readonly weights?: Float32Array;
+  /** Number of its first token in the stores of its dataset. */
+  readonly from?: number;
 }
 
 export interface Layout {
@@ -39,6 +53,8 @@ export interface Layout {
   readonly batch: number;
   /** Each piece sees only itself. Default true. False: a row is one text, documents follow each other. */
   readonly isolate?: boolean;
+  /** Pieces are cut where a document is longer than a row and nowhere else; batches tell the places of their tokens. Default false. */
+  readonly whole?: boolean;
   /** Id at places behind the last document. Default 0. */
   readonly pad?: number;
 }
@@ -48,13 +64,14 @@ export const ignoreIndex = -100;
 
 /** Lays rows of spans into a batch; missing rows and row ends are padding. */
 export function layOut(rows: readonly (readonly Span[])[], layout: Layout): Batch {
-  const { length, batch, isolate = true, pad = 0 } = layout;
+  const { length, batch, isolate = true, pad = 0, whole = false } = layout;
   const size = batch * length;
   const ids = new Int32Array(size).fill(pad);
   const targets = new Int32Array(size).fill(ignoreIndex);
   const weights = new Float32Array(size);
   const positions = new Int32Array(size);
   const starts = new Int32Array(size);
+  const places = whole ? new Float64Array(size).fill(-1) : undefined;
   let tokens = 0;
   let predicted = 0;
   for (let r = 0; r < batch; r++) {
@@ -79,6 +96,7 @@ export function layOut(rows: readonly (readonly Span[])[], layout: Layout): Batc
       }
       for (let i = 0; i < count; i++) positions[from + i] = isolate ? i : column + i;
       if (isolate) starts.fill(column, from, from + count);
+      if (places !== undefined) for (let i = 0; i < count; i++) places[from + i] = span.from! + i;
       column += count;
       tokens += count;
       predicted += known;
@@ -86,7 +104,7 @@ export function layOut(rows: readonly (readonly Span[])[], layout: Layout): Batc
     // Padding sees itself alone: a softmax over nothing would not be finite.
     for (; column < length; column++) starts[r * length + column] = column;
   }
-  return { rows: batch, length, ids, targets, weights, positions, starts, tokens, predicted };
+  return { rows: batch, length, ids, targets, weights, positions, starts, ...(places && { places }), tokens, predicted };
 }
 
 /** Checks length and batch. @throws ConfigError */

@@ -53,21 +53,29 @@ export interface RowsState {
   waiting: Piece[];
 }
 
+// Rows of tokens that wait where segments stay whole: enough that a row is nearly filled by some of them.
+const POOL = 4;
+
 /** Walks the segments in an order, row by row, and can go on from a state. */
 export class Rows {
   readonly #segments: Segments;
   readonly #length: number;
   readonly #order: (epoch: number) => (index: number) => number;
   #permutation: (index: number) => number;
+  readonly #whole: boolean;
   #state: RowsState = { epoch: 0, position: 0, waiting: [] };
   #waitingTokens = 0;
 
-  /** @param order of the segments in each epoch. */
-  constructor(segments: Segments, length: number, order: (epoch: number) => (index: number) => number) {
+  /**
+   * @param order of the segments in each epoch.
+   * @param whole Segments are never cut to fill a row: more of them wait, and what remains of a row is padding.
+   */
+  constructor(segments: Segments, length: number, order: (epoch: number) => (index: number) => number, whole = false) {
     this.#segments = segments;
     this.#length = length;
     this.#order = order;
     this.#permutation = order(0);
+    this.#whole = whole;
   }
 
   get state(): RowsState {
@@ -81,8 +89,9 @@ export class Rows {
 
   /** The next row. At the end of the segments: goes on with the next epoch, or with `once` gives what waits, then undefined. */
   next(once = false): Piece[] | undefined {
+    const enough = this.#whole ? POOL * this.#length : this.#length;
     for (;;) {
-      if (this.#waitingTokens >= this.#length) return this.#share();
+      if (this.#waitingTokens >= enough) return this.#share();
       if (this.#state.position === this.#segments.count) {
         if (once) return this.#waitingTokens > 0 ? this.#share() : undefined;
         this.#state.position = 0;
@@ -101,7 +110,15 @@ export class Rows {
     const row: Piece[] = [];
     let room = this.#length;
     const { waiting } = this.#state;
-    while (room > 0 && waiting.length > 0) {
+    if (this.#whole) {
+      this.#state.waiting = waiting.filter((piece) => {
+        if (piece[1] > room) return true;
+        row.push(piece);
+        room -= piece[1];
+        return false;
+      });
+    }
+    while (!this.#whole && room > 0 && waiting.length > 0) {
       const [from, count, more] = waiting.shift()!;
       const taken = Math.min(count, room);
       row.push([from, taken, taken < count ? 1 : more]);
@@ -125,12 +142,15 @@ export function storeOrder(): (index: number) => number {
   return (index) => index;
 }
 
-/** Reads the pieces of a row. */
-export async function readRow(store: TokenStore, row: readonly Piece[]): Promise<Span[]> {
+/**
+ * Reads the pieces of a row.
+ * @param base tokens of the stores before
+ */
+export async function readRow(store: TokenStore, row: readonly Piece[], base = 0): Promise<Span[]> {
   return Promise.all(
     row.map(async ([from, count, more]) => {
       const ids = await store.read(from, count + more);
-      return { ids: ids.subarray(0, count), next: more ? ids[count]! : -1 };
+      return { ids: ids.subarray(0, count), next: more ? ids[count]! : -1, from: base + from };
     }),
   );
 }

@@ -1,8 +1,8 @@
-import { type Dataset, openDataset } from '../data/dataset.ts';
+import { type Dataset, openDataset, type TextDataset } from '../data/dataset.ts';
 import { evaluateModel } from '../evaluate/evaluate.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import { createModel, type LanguageModel, loadModel, loadWeights } from '../models/model.ts';
-import { linearDistill } from '../ops/loss.ts';
+import { linearDistill, type TeacherOutput } from '../ops/loss.ts';
 import { dot } from '../ops/reduce.ts';
 import { reshape } from '../ops/reshape.ts';
 import { ConfigError } from '../tensor/errors.ts';
@@ -14,6 +14,8 @@ import { type DistillConfig, parseRunOf, type RunInput } from '../train/config.t
 import type { TrainEvent } from '../train/events.ts';
 import { type LoopOptions, type LossTensors, resumePoint, trainingLoop } from '../train/loop.ts';
 import { datasetOptions, validationLimit as limit, pinnedFacts, runModelConfig, startEngine } from '../train/setup.ts';
+import { openTeacherCache, type TeacherCache } from './cache.ts';
+import { checkCachedRun } from './teach.ts';
 
 /**
  * Trains a student on the distribution of a teacher: at each token the divergence between their soft-capped distributions, mean
@@ -33,13 +35,15 @@ export async function* distill(
   const { master } = run.optimizer;
   startEngine(run);
   const resume = await resumePoint(run);
-  const teacherFolder = await resolveCheckpoint(run.teacher.checkpoint);
   let teacher: LanguageModel | undefined;
+  let cache: TeacherCache | undefined;
   let student: LanguageModel | undefined;
-  let data: Dataset | undefined;
+  let data: TextDataset | undefined;
   try {
+    if (run.teacher.cache !== undefined) cache = await openTeacherCache(run.teacher.cache);
+    const teacherFolder = run.teacher.cache ?? (await resolveCheckpoint(run.teacher.checkpoint!));
     const teacherTokenizer = await loadTokenizer(teacherFolder);
-    teacher = await loadWeights(teacherFolder, { weights: run.teacher.weights });
+    if (cache === undefined) teacher = await loadWeights(teacherFolder, { weights: run.teacher.weights });
     let tokenizer: Tokenizer;
     if (resume === undefined) {
       tokenizer = run.tokenizer === undefined ? teacherTokenizer : await loadTokenizer(run.tokenizer);
@@ -47,20 +51,22 @@ export async function* distill(
     } else {
       ({ model: student, tokenizer } = await loadModel(resume, { trainable: true, master }));
     }
-    checkVocabularies(teacher, student, teacherTokenizer, tokenizer);
+    checkVocabularies(teacher?.config.vocabSize ?? cache!.facts.vocabSize, student, teacherTokenizer, tokenizer);
     data = await openDataset(datasetOptions(run, tokenizer, options.signal));
-    const [from, to, opened] = [teacher, student, data];
+    if (cache !== undefined) checkCache(cache, run, data);
+    const [from, to] = [teacher, student];
+    const opened = cache === undefined ? data : taught(data, cache);
     yield* trainingLoop(
       {
         run,
         model: student,
         tokenizer,
-        data,
-        teacherParameters: teacher.parameters.count,
+        data: opened,
+        ...(teacher === undefined ? {} : { teacherParameters: teacher.parameters.count }),
         resume,
-        pinned: pinnedFacts(run, tokenizer),
+        pinned: { ...pinnedFacts(run, tokenizer), ...(cache === undefined ? {} : { teacher: cache.facts.teacher }) },
         loss: (batch) => distillationLoss(from, to, batch, run),
-        evaluate: () => evaluateModel(to, opened.validation(limit(run)), { teacher: from }),
+        evaluate: () => evaluateModel(to, opened.validation(limit(run)), from === undefined ? {} : { teacher: from }),
       },
       options,
     );
@@ -68,10 +74,59 @@ export async function* distill(
     teacher?.dispose();
     student?.dispose();
     await data?.close();
+    await cache?.close();
   }
 }
 
-function checkVocabularies(teacher: LanguageModel, student: LanguageModel, its: Tokenizer, ours: Tokenizer): void {
+/** The dataset with what the teacher found likely in each batch. */
+function taught(data: TextDataset, cache: TeacherCache): Dataset {
+  const { train } = data;
+  return {
+    ...data,
+    train: {
+      next: async () => cache.likely(await train.next()),
+      get epoch() {
+        return train.epoch;
+      },
+      get sources() {
+        return train.sources;
+      },
+      state: () => train.state(),
+      restore: (state) => train.restore(state),
+    },
+    async *validation(options) {
+      for await (const batch of data.validation(options)) yield await cache.likely(batch);
+    },
+  };
+}
+
+/** @throws ConfigError `ERR_TEACHER_CACHE` naming what differs between the cache and the run. */
+function checkCache({ facts }: TeacherCache, run: DistillConfig, data: TextDataset): void {
+  checkCachedRun(run);
+  const differences: (readonly [string, unknown, unknown])[] = [
+    ['batch.length', facts.length, run.batch.length],
+    ['distill.temperature', facts.temperature, run.distill.temperature],
+    ...data.stores.flatMap(({ tokens, ends }, i) => [
+      [`tokens of source ${i + 1}`, facts.stores[i]?.tokens, tokens] as const,
+      [`documents of source ${i + 1}`, facts.stores[i]?.documents, ends.length] as const,
+    ]),
+  ];
+  for (const [what, its, ours] of differences) {
+    if (its === ours) continue;
+    throw new ConfigError(
+      `distill: ${what}: the teacher's cache was made with ${its}, the run has ${ours}; make a cache for this run`,
+      {
+        code: 'ERR_TEACHER_CACHE',
+        op: 'distill',
+        argument: 'teacher.cache',
+        expected: String(its),
+        actual: String(ours),
+      },
+    );
+  }
+}
+
+function checkVocabularies(vocabSize: number, student: LanguageModel, its: Tokenizer, ours: Tokenizer): void {
   if (its.fingerprint !== ours.fingerprint) {
     throw new ConfigError(
       "distill: teacher and student have different tokenizers, so their token ids do not mean the same; use the teacher's tokenizer",
@@ -84,39 +139,44 @@ function checkVocabularies(teacher: LanguageModel, student: LanguageModel, its: 
       },
     );
   }
-  if (teacher.config.vocabSize !== student.config.vocabSize) {
+  if (vocabSize !== student.config.vocabSize) {
     throw new ConfigError(
-      `distill: the teacher has ${teacher.config.vocabSize} rows of vocabulary, the student ${student.config.vocabSize}; give the student the same model.vocabSize`,
+      `distill: the teacher has ${vocabSize} rows of vocabulary, the student ${student.config.vocabSize}; give the student the same model.vocabSize`,
       {
         code: 'ERR_VOCABULARY',
         op: 'distill',
         argument: 'model.vocabSize',
-        expected: String(teacher.config.vocabSize),
+        expected: String(vocabSize),
         actual: String(student.config.vocabSize),
       },
     );
   }
 }
 
-/** The divergence of the student from the teacher on a batch, weighted. */
+/** The divergence of the student from the teacher on a batch, weighted; without a teacher, from what is `likely` in the batch. */
 export function distillationLoss(
-  teacher: LanguageModel,
+  teacher: LanguageModel | undefined,
   student: LanguageModel,
   batch: DeviceBatch,
   run: DistillConfig,
 ): LossTensors {
   const { divergence, temperature, squaredTemperature, hardWeight } = run.distill;
-  const told = noGrad(() => scope(() => reshape(teacher.hidden(batch.input), [-1, teacher.config.width])));
+  const told = teacher === undefined ? batch.likely! : spoken(teacher, batch);
   const hidden = student.hidden(batch.input, { recompute: run.recompute });
   const { total, kl, ce } = linearDistill(reshape(hidden, [-1, student.config.width]), student.head, {
     targets: batch.targets,
     weights: batch.weights,
     cap: student.config.finalCap,
-    teacher: { hidden: told, head: teacher.head, cap: teacher.config.finalCap },
+    teacher: told,
     divergence,
     temperature,
     squaredTemperature,
     hardWeight,
   });
   return { total, kl: dot(kl, batch.weights), ...(ce === undefined ? {} : { ce: dot(ce, batch.weights) }) };
+}
+
+function spoken(teacher: LanguageModel, batch: DeviceBatch): TeacherOutput {
+  const hidden = noGrad(() => scope(() => reshape(teacher.hidden(batch.input), [-1, teacher.config.width])));
+  return { hidden, head: teacher.head, cap: teacher.config.finalCap };
 }

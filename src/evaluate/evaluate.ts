@@ -21,7 +21,7 @@ export interface ComparisonOptions {
 }
 
 /**
- * Scores a model on batches: means over the predicted tokens.
+ * Scores a model on batches: means over the predicted tokens. Batches of a cached teacher are compared with what it found likely.
  * @throws DataError `ERR_EMPTY` when no token is predicted.
  */
 export async function evaluateModel(
@@ -31,9 +31,11 @@ export async function evaluateModel(
 ): Promise<Evaluation> {
   const sums = { loss: 0, kl: 0, agreement: 0 };
   let tokens = 0;
+  let compared = false;
   for await (const batch of batches) {
     options.signal?.throwIfAborted();
     const measured = scope(() => noGrad(() => measure(model, batch, options.teacher)));
+    compared = 'kl' in measured;
     for (const [name, t] of Object.entries(measured)) {
       sums[name as keyof typeof sums] += await t.item();
       t.dispose();
@@ -52,23 +54,23 @@ export async function evaluateModel(
     loss,
     perplexity: Math.exp(loss),
     tokens,
-    ...(options.teacher === undefined ? {} : { kl: sums.kl / tokens, agreement: sums.agreement / tokens }),
+    ...(compared ? { kl: sums.kl / tokens, agreement: sums.agreement / tokens } : {}),
   };
 }
 
 /** Sums over the predicted tokens of a batch. */
 function measure(model: LanguageModel, batch: Batch, teacher: LanguageModel | undefined): Record<string, Tensor> {
-  const { input, targets, weights } = upload(batch, 1);
+  const { input, targets, weights, likely } = upload(batch, 1);
   const flat = (m: LanguageModel): Tensor => reshape(m.hidden(input), [-1, m.config.width]);
   const x = flat(model);
-  if (teacher === undefined) {
+  if (teacher === undefined && likely === undefined) {
     return { loss: linearCrossEntropy(x, model.head, targets, { weights, cap: model.config.finalCap }).total };
   }
   const { kl, ce, agree } = linearDistill(x, model.head, {
     targets,
     weights,
     cap: model.config.finalCap,
-    teacher: { hidden: flat(teacher), head: teacher.head, cap: teacher.config.finalCap },
+    teacher: teacher === undefined ? likely! : { hidden: flat(teacher), head: teacher.head, cap: teacher.config.finalCap },
     divergence: { kind: 'forward_kl' },
     agreement: true,
   });

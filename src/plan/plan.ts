@@ -2,14 +2,26 @@
 // thought of. Memory is what the engine's allocator hands out; time is the roofline's: the greater of the products' time at the
 // device's peak and the time that memory needs, op by op.
 
+import { join } from 'node:path';
 import type { Batch } from '../data/pack.ts';
+import { cacheBytesPerToken, defaultTopK, readCacheFacts } from '../distill/cache.ts';
 import { distillationLoss } from '../distill/distill.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import { createModel, loadConfig, type ModelConfig, modelConfig } from '../models/model.ts';
 import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer } from '../tokenizer/tokenizer.ts';
-import { overridden, parseRun, type RunConfig, type RunInput, type TextRunConfig } from '../train/config.ts';
+import {
+  type DistillConfig,
+  overridden,
+  parseRun,
+  plannedSteps,
+  type RunConfig,
+  type RunInput,
+  type TextRunConfig,
+  tokensPerStep,
+} from '../train/config.ts';
+import { bytes, count } from '../train/format.ts';
 import { gradients } from '../train/loop.ts';
 import { createOptimizer } from '../train/optimizer.ts';
 import { textLoss } from '../train/pretrain.ts';
@@ -80,11 +92,11 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   const run = parseRun(input);
   const given = options.device ?? run.device;
   const device = typeof given === 'string' ? await plannedDevice(given) : given;
-  const teacher = run.kind === 'distill' ? await teacherConfig(run.teacher.checkpoint, options.teacher) : undefined;
+  const { teacher, vocabSize } = await teacherOf(run, options.teacher);
   const student =
     run.kind === 'finetune' || (run.kind === 'pretrain' && run.from !== undefined)
       ? await loadConfig(await resolveCheckpoint(run.kind === 'finetune' ? run.model : run.from!))
-      : runModelConfig(run, { vocabSize: teacher?.vocabSize ?? (await vocabulary(run)) });
+      : runModelConfig(run, { vocabSize: vocabSize ?? (await vocabulary(run)) });
   const measure = (changed: RunConfig) => rehearsal(changed, device, student, teacher);
 
   const own = await measure(run);
@@ -96,7 +108,7 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
   };
   const advice: Advice[] = [];
   if (!fits) {
-    const savers = changes(run, device);
+    const savers = changes(run, device, student.vocabSize);
     for (const saver of savers) advice.push(await advised(saver));
     advice.sort((a, b) => a.total - b.total);
     if (savers.length > 1)
@@ -111,6 +123,22 @@ export async function plan(input: RunInput | RunConfig, options: PlanOptions = {
     step: { tokens, seconds: own.seconds, tokensPerSecond: tokens / own.seconds, ops: own.ops },
     advice: advice.filter(({ total }) => total < own.memory.total),
   };
+}
+
+/** The teacher's configuration, where it will be in memory, and its vocabulary. */
+async function teacherOf(run: RunConfig, preset: string | undefined): Promise<{ teacher?: ModelConfig; vocabSize?: number }> {
+  if (run.kind !== 'distill') return {};
+  const { checkpoint, cache } = run.teacher;
+  const facts = cache === undefined ? undefined : await readCacheFacts(cache);
+  if (facts !== undefined) return { vocabSize: facts.vocabSize };
+  if (checkpoint === undefined && preset === undefined) return {};
+  const teacher = await teacherConfig(checkpoint!, preset);
+  return { teacher, vocabSize: teacher.vocabSize };
+}
+
+/** Whether the teacher of a run could be a cached one. */
+function cacheable(run: DistillConfig): boolean {
+  return run.data.isolate && run.distill.divergence.kind === 'forward_kl';
 }
 
 async function teacherConfig(checkpoint: string, preset: string | undefined): Promise<ModelConfig> {
@@ -130,7 +158,7 @@ async function vocabulary(run: TextRunConfig): Promise<number> {
 }
 
 /** Changes that save memory, those that cost least first. */
-function changes(run: RunConfig, device: PlannedDevice): Change[] {
+function changes(run: RunConfig, device: PlannedDevice, vocabSize: number): Change[] {
   const found: Change[] = [];
   const { sequences, accumulate, length } = run.batch;
   if (sequences > 1)
@@ -140,6 +168,14 @@ function changes(run: RunConfig, device: PlannedDevice): Change[] {
     });
   if (run.kind === 'distill' && run.teacher.weights === undefined)
     found.push({ change: 'a teacher of fp8 weights', set: { 'teacher.weights': 'fp8' } });
+  if (run.kind === 'distill' && run.teacher.cache === undefined && cacheable(run)) {
+    const tokens = plannedSteps(run) * tokensPerStep(run);
+    const size = tokens * cacheBytesPerToken(Math.min(defaultTopK, vocabSize), vocabSize);
+    found.push({
+      change: `a cached teacher (limbeck teach): at most ${bytes(size)} of disk for the ${count(tokens)} tokens of the run, less where it sees some again`,
+      set: { 'teacher.cache': join(run.output, 'teacher') },
+    });
+  }
   if (!run.recompute)
     found.push({ change: 'recompute: activations are made again in the backward pass', set: { recompute: true } });
   if (run.optimizer.moments === 'f32') found.push({ change: 'moments of 8 bits', set: { 'optimizer.moments': '8bit' } });
@@ -163,21 +199,24 @@ async function rehearsal(
   config: ModelConfig,
   teacherConfig: ModelConfig | undefined,
 ): Promise<Rehearsed> {
+  const cache = run.kind === 'distill' ? run.teacher.cache : undefined;
+  const topK = cache === undefined ? undefined : ((await readCacheFacts(cache))?.topK ?? Math.min(defaultTopK, config.vocabSize));
   return rehearse(device, async () => {
     const live = (): number => memory('plan').live;
     const dtype = device.kind === 'cpu' ? 'f32' : 'bf16';
     const weights = run.kind === 'distill' ? run.teacher.weights : undefined;
-    const teacher = teacherConfig === undefined ? undefined : createModel(teacherConfig, { trainable: false, dtype, weights });
+    const teacher =
+      teacherConfig === undefined || cache !== undefined
+        ? undefined
+        : createModel(teacherConfig, { trainable: false, dtype, weights });
     const afterTeacher = live();
     const student = createModel(config, { dtype, master: run.optimizer.master });
     const afterStudent = live();
     const optimizer = createOptimizer(student.parameters, run.optimizer);
     const before = live();
-    const batch = blank(run.batch.sequences, run.batch.length);
+    const batch = blank(run.batch.sequences, run.batch.length, topK);
     const loss = (b: Parameters<typeof textLoss>[1]) =>
-      teacher === undefined || run.kind !== 'distill'
-        ? textLoss(student, b, run.recompute)
-        : distillationLoss(teacher, student, b, run);
+      run.kind !== 'distill' ? textLoss(student, b, run.recompute) : distillationLoss(teacher, student, b, run);
     const micro = (): void => {
       const { total, kl, ce } = gradients(loss, batch, 1);
       for (const t of [total, kl, ce]) t?.dispose();
@@ -222,7 +261,7 @@ async function rehearsal(
 }
 
 /** A batch of the right shape; nobody looks at what is in it. */
-function blank(rows: number, length: number): Batch {
+function blank(rows: number, length: number, topK?: number): Batch {
   const n = rows * length;
   const zeros = (): Int32Array => new Int32Array(n);
   return {
@@ -233,6 +272,9 @@ function blank(rows: number, length: number): Batch {
     weights: new Float32Array(n).fill(1),
     positions: zeros(),
     starts: zeros(),
+    ...(topK === undefined
+      ? {}
+      : { likely: { topK, ids: new Int32Array(n * topK).fill(-1), logProbs: new Float32Array(n * topK) } }),
     tokens: n,
     predicted: n,
   };

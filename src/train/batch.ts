@@ -1,4 +1,4 @@
-import type { Batch } from '../data/pack.ts';
+import type { Batch, Likely } from '../data/pack.ts';
 import type { ModelInput } from '../models/config.ts';
 import { type Tensor, tensor } from '../tensor/tensor.ts';
 
@@ -9,6 +9,8 @@ export interface DeviceBatch {
   readonly targets: Tensor;
   /** What each token counts [N]. */
   readonly weights: Tensor;
+  /** What a cached teacher found likely: ids [N K], i32, and their log-probabilities [N K]. */
+  readonly likely?: { readonly ids: Tensor; readonly logProbs: Tensor };
 }
 
 /**
@@ -26,5 +28,11 @@ export function upload(batch: Batch, share: number): DeviceBatch {
     },
     targets: tensor(batch.targets),
     weights: tensor(batch.weights.map((w) => w * share)),
+    ...(batch.likely === undefined ? {} : { likely: uploadLikely(batch.likely) }),
   };
+}
+
+function uploadLikely({ topK, ids, logProbs }: Likely): { readonly ids: Tensor; readonly logProbs: Tensor } {
+  const shape = [ids.length / topK, topK];
+  return { ids: tensor(ids, shape), logProbs: tensor(logProbs, shape) };
 }

@@ -213,6 +213,10 @@ function resolvePaths(run: RunConfig, base: string): RunConfig {
     ...run,
     ...common,
     ...(run.tokenizer === undefined ? {} : { tokenizer: one(run.tokenizer) }),
-    teacher: { ...run.teacher, checkpoint: one(run.teacher.checkpoint) },
+    teacher: {
+      ...run.teacher,
+      ...(run.teacher.checkpoint === undefined ? {} : { checkpoint: one(run.teacher.checkpoint) }),
+      ...(run.teacher.cache === undefined ? {} : { cache: one(run.teacher.cache) }),
+    },
   };
 }

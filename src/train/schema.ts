@@ -325,13 +325,22 @@ function makeSchemas() {
         .describe('Path of a tokenizer.json. Default: the one saved with the teacher, whose ids the student must share.'),
       teacher: z
         .strictObject({
-          checkpoint: z.string().min(1).describe('Checkpoint folder of the teacher.'),
+          checkpoint: z.string().min(1).optional().describe('Checkpoint folder of the teacher; not needed with a cache.'),
+          cache: z
+            .string()
+            .min(1)
+            .optional()
+            .describe('Folder of what the teacher found likely at each token, made by `limbeck teach`; then it is not loaded.'),
           weights: z
             .enum(['fp8', 'q8', 'q4'])
             .optional()
             .describe(
               'Keeps the matrices of its layers rounded, in 8 ("fp8"), 8.5 ("q8") or 4.25 bits ("q4") each. Default: like the student.',
             ),
+        })
+        .refine(({ checkpoint, cache }) => checkpoint !== undefined || cache !== undefined, {
+          path: ['checkpoint'],
+          error: 'give the checkpoint of the teacher, or its cache',
         })
         .describe('Whose distribution is learned.'),
       distill: z

@@ -74,6 +74,8 @@ export function datasetOptions(run: TextRunConfig, tokenizer: Tokenizer, signal?
     batch: run.batch.sequences,
     seed: run.seed,
     isolate: run.data.isolate,
+    // A cached teacher saw whole segments.
+    ...(run.kind === 'distill' && run.teacher.cache !== undefined ? { whole: true } : {}),
     ...(signal === undefined ? {} : { signal }),
   };
 }

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { distill } from '../../src/distill/distill.ts';
+import { cacheTeacher } from '../../src/distill/teach.ts';
 import { createModel, type LanguageModel, modelConfig } from '../../src/models/model.ts';
 import { linearCrossEntropy } from '../../src/ops/loss.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -177,4 +178,15 @@ test('the loops run unchanged: a teacher, a student, a resumed run to the same b
   const learned = await losses(distill(student));
   expect(learned).toHaveLength(4);
   expect(learned.at(-1)).toBeLessThan(learned[0]!);
+
+  // All tokens kept: the same loss as from the teacher itself, but for the rows, which hold whole segments.
+  const cached = {
+    ...student,
+    output: join(folder, 'taught'),
+    teacher: { checkpoint: join(folder, 'teacher'), cache: join(folder, 'cache') },
+  };
+  await cacheTeacher(cached as RunInput, { topK: 270 });
+  const taught = await losses(distill(cached as RunInput));
+  expect(Math.abs(taught[0]! - learned[0]!)).toBeLessThan(0.2 * learned[0]!);
+  expect(taught.at(-1)).toBeLessThan(taught[0]!);
 });

