@@ -15,6 +15,8 @@ import { generate } from './generate.ts';
 import { plan } from './plan.ts';
 import { pretrain } from './pretrain.ts';
 import { report } from './report.ts';
+import { serve } from './serve.ts';
+import { synth } from './synth.ts';
 import { teach } from './teach.ts';
 
 const commands: Readonly<Record<string, Command>> = {
@@ -25,7 +27,9 @@ const commands: Readonly<Record<string, Command>> = {
   evaluate,
   generate,
   chat,
+  serve,
   export: exportCommand,
+  synth,
   plan,
   report,
   doctor,
@@ -78,11 +82,30 @@ async function dispatch(rawArgs: readonly string[]): Promise<number> {
       `unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(commands).join(', ')}`}`,
     );
   }
+  const inner = (chosen.subCommands ?? {}) as Readonly<Record<string, Command>>;
+  if (Object.keys(inner).length > 0) return dispatchInner(chosen, inner, rest);
+  return start(chosen, rest, root);
+}
+
+/** `limbeck NAME STAGE`: a command that is several. */
+async function dispatchInner(outer: Command, inner: Readonly<Record<string, Command>>, rawArgs: readonly string[]): Promise<number> {
+  const [name, ...rest] = rawArgs;
+  if (name === undefined || name === '--help' || name === '-h') {
+    process.stdout.write(usage(outer));
+    return name === undefined ? exitCode.usage : exitCode.ok;
+  }
+  const chosen = Object.hasOwn(inner, name) ? inner[name] : undefined;
+  if (chosen) return start(chosen, rest, outer);
+  const meant = nearest(name, Object.keys(inner));
+  throw new UsageError(`unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(inner).join(', ')}`}`);
+}
+
+async function start(chosen: Command, rest: readonly string[], parent: Command): Promise<number> {
   const end = rest.indexOf('--');
   if ((end < 0 ? rest : rest.slice(0, end)).some((argument) => argument === '--help' || argument === '-h')) {
-    process.stdout.write(usage(chosen, root));
+    process.stdout.write(usage(chosen, parent));
     return exitCode.ok;
   }
-  await runCommand(chosen, { rawArgs: rest });
+  await runCommand(chosen, { rawArgs: [...rest] });
   return exitCode.ok;
 }

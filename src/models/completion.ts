@@ -137,6 +137,16 @@ function batchOptions(tokenizer: Tokenizer, { signal, ...options }: CompleteOpti
   };
 }
 
+/** A request for {@link generateTokens} and what becomes of its tokens: for callers that batch in their own way. */
+export function textRequest(
+  tokenizer: Tokenizer,
+  prompt: Prompt,
+  options: Omit<TextOptions, 'signal'>,
+): { readonly request: TokenRequest; readonly text: TextWriter } {
+  const text = textWriter(tokenizer, options);
+  return { text, request: requestOf(tokenizer, prompt, options, text) };
+}
+
 function requestOf(tokenizer: Tokenizer, prompt: Prompt, options: TextOptions, text: TextWriter): TokenRequest {
   const ids = typeof prompt === 'string' ? tokenizer.encode(prompt, { bos: tokenizer.bos !== undefined }) : prompt;
   if (ids.length === 0) {
@@ -148,7 +158,8 @@ function requestOf(tokenizer: Tokenizer, prompt: Prompt, options: TextOptions, t
   return { ...options, ids, stopIds, until: (id) => text.push(id) };
 }
 
-interface TextWriter {
+/** From ids to text. */
+export interface TextWriter {
   /** Whether a stop text is complete. */
   push(id: number): boolean;
   /** What is certain since the last time. */

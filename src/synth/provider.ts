@@ -1,6 +1,7 @@
 // What a language model can do for us, wherever it runs: continue a prompt, answer a conversation, embed texts.
 
 import { LimbeckError } from '../tensor/errors.ts';
+import type { ChatTemplate } from '../tokenizer/chat.ts';
 
 /** A turn of a conversation. */
 export type ChatMessage = { readonly role: 'system' | 'user' | 'assistant'; readonly content: string };
@@ -99,6 +100,8 @@ export interface Provider {
   /** Calls at work at once. */
   readonly concurrency: number;
   readonly meter: Readonly<Meter>;
+  /** The chat template, where it is known here. */
+  readonly template?: ChatTemplate;
   /** Continues `prompt` as it stands. @throws ProviderError */
   complete(prompt: string, options?: CompletionOptions): Promise<Reply>;
   /** The next turn of a conversation. @throws ProviderError */

@@ -88,10 +88,14 @@ export function runFields(kind: RunConfig['kind']): readonly { readonly field: s
  * A module exports the run, or a function that returns it, as `default` or as `run`. @throws ConfigError
  */
 export async function loadRun(path: string, overrides: Readonly<Record<string, unknown>> = {}): Promise<RunConfig> {
+  return parseRun(overridden(await readRunFile(path), overrides), { base: dirname(resolve(path)), source: path });
+}
+
+/** What a run file holds, unchecked. @throws ConfigError `ERR_CONFIG_FILE` */
+export async function readRunFile(path: string): Promise<unknown> {
   const file = resolve(path);
-  let input: unknown;
   try {
-    input = extname(file) === '.json' ? parseJson(await readFile(file, 'utf8'), path) : await importRun(file, path);
+    return extname(file) === '.json' ? parseJson(await readFile(file, 'utf8'), path) : await importRun(file, path);
   } catch (error) {
     if (LimbeckError.is(error)) throw error;
     const missing = (error as NodeJS.ErrnoException).code === 'ENOENT';
@@ -103,7 +107,6 @@ export async function loadRun(path: string, overrides: Readonly<Record<string, u
       { code: 'ERR_CONFIG_FILE', op: 'loadRun', argument: path, cause: error },
     );
   }
-  return parseRun(overridden(input, overrides), { base: dirname(file), source: path });
 }
 
 /** A copy of `input` with one field, named by its path (`a.b.c`), set to `value`. */

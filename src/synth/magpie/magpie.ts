@@ -30,7 +30,7 @@ export interface MagpieOptions {
   readonly responder?: Provider;
   /** How many instructions are drawn; refused ones are not drawn again. */
   readonly count: number;
-  /** The model's chat template, or the name of a family or model of the registry. Default: by the model's name. */
+  /** The model's chat template, or the name of a family or model of the registry. Default: the provider's template where it has one, else by the model's name. */
   readonly template?: ChatTemplate | PreQuery | string;
   readonly instruction?: InstructionSampling;
   /** Default: the likeliest tokens, at most 2048. */
@@ -176,6 +176,7 @@ function written(raw: string, finish: 'stop' | 'length', options: SanitizeOption
 }
 
 function preQueryFor({ provider, template }: MagpieOptions): PreQuery {
+  if (template === undefined && provider.template !== undefined) return preQueryFromTemplate(provider.template);
   if (template === undefined || typeof template === 'string') return preQueryOf(template ?? provider.model);
   return 'render' in template ? preQueryFromTemplate(template) : template;
 }

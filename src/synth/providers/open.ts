@@ -1,0 +1,63 @@
+// A provider from what one writes on a command line or in a run file.
+
+import { ConfigError } from '../../tensor/errors.ts';
+import type { ChatTemplate } from '../../tokenizer/chat.ts';
+import type { Provider } from '../provider.ts';
+import { ollamaProvider } from './ollama.ts';
+import { type OpenAIOptions, openaiProvider } from './openai.ts';
+
+export interface ProviderSpec {
+  /**
+   * Where the model is: `http://...` or `https://...` for a server of OpenAI's protocol, `ollama:NAME` for a model of an Ollama server, a
+   * path that ends in `.gguf`, or the folder of one of our models.
+   */
+  readonly provider: string;
+  /** The model's name on a server. */
+  readonly model?: string;
+  /** Key of a server. Default: the environment's LIMBECK_API_KEY. */
+  readonly key?: string;
+  readonly dialect?: OpenAIOptions['dialect'];
+  /** Calls at work at once. */
+  readonly concurrency?: number;
+  /** Chat template of a local model: the name of a style, or Jinja source. Default: the model's own. */
+  readonly template?: string;
+}
+
+/** Opens a provider. @throws ConfigError, FormatError */
+export async function openProvider(spec: ProviderSpec): Promise<Provider> {
+  const { provider, model, concurrency, dialect, template } = spec;
+  const key = spec.key ?? process.env.LIMBECK_API_KEY;
+  const common = { ...(concurrency === undefined ? {} : { concurrency }), ...(key === undefined ? {} : { key }) };
+  if (/^https?:\/\//.test(provider)) {
+    if (model === undefined) {
+      throw new ConfigError(`provider: which model of ${provider}? Give its name as \`model\``, {
+        code: 'ERR_CONFIG',
+        op: 'openProvider',
+        argument: 'model',
+      });
+    }
+    return openaiProvider({ url: provider, model, ...common, ...(dialect === undefined ? {} : { dialect }) });
+  }
+  if (provider.startsWith('ollama:')) return ollamaProvider({ model: provider.slice('ollama:'.length), ...common });
+  if (provider.endsWith('.gguf')) {
+    const { openLlamaProvider } = await import('./llama.ts');
+    const chat = template === undefined ? undefined : await styled(template);
+    return openLlamaProvider({
+      file: provider,
+      ...(concurrency === undefined ? {} : { sequences: concurrency }),
+      ...(chat === undefined ? {} : { template: chat }),
+    });
+  }
+  const { openLocalProvider } = await import('./local.ts');
+  return openLocalProvider(provider, {
+    ...(concurrency === undefined ? {} : { batch: concurrency }),
+    ...(template === undefined ? {} : { template }),
+    ...(model === undefined ? {} : { name: model }),
+  });
+}
+
+/** A template without a tokenizer: special tokens as the style itself spells them. */
+async function styled(template: string): Promise<ChatTemplate> {
+  const { chatTemplate } = await import('../../tokenizer/chat.ts');
+  return chatTemplate(template, { bos: undefined, eos: undefined, pad: undefined, unk: undefined, token: () => undefined });
+}
