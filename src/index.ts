@@ -160,6 +160,7 @@ export { plannedDevice, plannedDevices } from './plan/devices.ts';
 export { type Advice, type Plan, type PlanOptions, plan } from './plan/plan.ts';
 // Synthesis
 export { type DedupeOptions, dedupe, dedupeText, embed } from './synth/dedupe.ts';
+export { exportRecords, formatRecord, type RecordFormat } from './synth/export.ts';
 export { type FilterOptions, type FilterRecipe, filter, filterRecipe, filterRecipes } from './synth/filter.ts';
 export {
   type ContextFormat,
@@ -280,7 +281,10 @@ export {
   type Usage,
 } from './synth/provider.ts';
 export type { HttpOptions } from './synth/providers/http.ts';
+export { type LlamaModule, type LlamaOptions, openLlamaProvider } from './synth/providers/llama.ts';
+export { type LocalFolderOptions, type LocalOptions, localProvider, openLocalProvider } from './synth/providers/local.ts';
 export { type OllamaOptions, ollamaProvider } from './synth/providers/ollama.ts';
+export { openProvider, type ProviderSpec } from './synth/providers/open.ts';
 export { type OpenAIOptions, openaiProvider } from './synth/providers/openai.ts';
 export {
   type Category,
@@ -293,6 +297,15 @@ export {
   responseOf,
   type Tags,
 } from './synth/record.ts';
+export { type DatasetReportOptions, renderDatasetReport, reportOutput, writeDatasetReport } from './synth/report.ts';
+export {
+  loadSynthRun,
+  type MagpieRun,
+  type MagpieRunInput,
+  magpieJsonSchema,
+  parseMagpieRun,
+  synthesizeInstructions,
+} from './synth/run.ts';
 export { type ServeOptions, type Serving, serve } from './synth/serve.ts';
 export {
   type BootstrapOptions,
@@ -306,6 +319,7 @@ export {
   type WinRate,
   winRate,
 } from './synth/statistics.ts';
+export { type Histogram, type Spread, type Survey, type Surveyor, surveyor } from './synth/survey.ts';
 export { type Mission, missions, type TagOptions, tag } from './synth/tag.ts';
 export type { CudaProbe } from './tensor/cuda.ts';
 export type { DataArray, DType } from './tensor/dtype.ts';

@@ -88,7 +88,11 @@ async function dispatch(rawArgs: readonly string[]): Promise<number> {
 }
 
 /** `limbeck NAME STAGE`: a command that is several. */
-async function dispatchInner(outer: Command, inner: Readonly<Record<string, Command>>, rawArgs: readonly string[]): Promise<number> {
+async function dispatchInner(
+  outer: Command,
+  inner: Readonly<Record<string, Command>>,
+  rawArgs: readonly string[],
+): Promise<number> {
   const [name, ...rest] = rawArgs;
   if (name === undefined || name === '--help' || name === '-h') {
     process.stdout.write(usage(outer));
@@ -97,7 +101,9 @@ async function dispatchInner(outer: Command, inner: Readonly<Record<string, Comm
   const chosen = Object.hasOwn(inner, name) ? inner[name] : undefined;
   if (chosen) return start(chosen, rest, outer);
   const meant = nearest(name, Object.keys(inner));
-  throw new UsageError(`unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(inner).join(', ')}`}`);
+  throw new UsageError(
+    `unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(inner).join(', ')}`}`,
+  );
 }
 
 async function start(chosen: Command, rest: readonly string[], parent: Command): Promise<number> {

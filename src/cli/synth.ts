@@ -5,7 +5,17 @@ import type { Pipeline, PipelineEvent } from '../synth/pipeline.ts';
 import type { ProviderSpec } from '../synth/providers/open.ts';
 import type { InstructionRecord } from '../synth/record.ts';
 import { count } from '../train/format.ts';
-import { allValues, type Command, command, commonArguments, Exit, exitCode, numberOption, parseOverrides, UsageError } from './command.ts';
+import {
+  allValues,
+  type Command,
+  command,
+  commonArguments,
+  Exit,
+  exitCode,
+  numberOption,
+  parseOverrides,
+  UsageError,
+} from './command.ts';
 import { interruptible } from './interrupt.ts';
 
 /** Options that name a model. */
@@ -47,10 +57,7 @@ const dataArguments = {
 } as const;
 
 /** Runs a pipeline with its progress on the terminal, or as JSON lines. */
-async function follow(
-  events: (signal: AbortSignal) => AsyncIterable<PipelineEvent>,
-  json: boolean | undefined,
-): Promise<void> {
+async function follow(events: (signal: AbortSignal) => AsyncIterable<PipelineEvent>, json: boolean | undefined): Promise<void> {
   const terminal = process.stderr.isTTY && !json;
   const clear = () => void (terminal && process.stderr.write('\r\u001b[K'));
   let stopped = false;
@@ -61,7 +68,9 @@ async function follow(
           if (json) process.stdout.write(`${JSON.stringify(event)}\n`);
           else if (event.type === 'progress' && terminal) {
             clear();
-            process.stderr.write(`${event.stage}  ${count(event.done)}${event.total === undefined ? '' : ` of ${count(event.total)}`}`);
+            process.stderr.write(
+              `${event.stage}  ${count(event.done)}${event.total === undefined ? '' : ` of ${count(event.total)}`}`,
+            );
           } else if (event.type === 'finished') {
             clear();
             const dropped = Object.entries(event.dropped).map(([reason, n]) => `${reason} ${count(n)}`);
@@ -97,7 +106,10 @@ async function overData(
 }
 
 /** With the provider that the options name. */
-async function withProvider(args: ModelArguments & { provider?: string | undefined }, run: (provider: Awaited<ReturnType<typeof open>>) => Promise<void>) {
+async function withProvider(
+  args: ModelArguments & { provider?: string | undefined },
+  run: (provider: Awaited<ReturnType<typeof open>>) => Promise<void>,
+) {
   if (args.provider === undefined) throw new UsageError('which model? Give --provider');
   const provider = await open(modelSpec(args.provider, args));
   try {
@@ -156,7 +168,8 @@ const tag = command({
     missions: { type: 'string', description: 'What to ask. Default quality,difficulty,category.', valueHint: 'a,b' },
     ...commonArguments,
   },
-  examples: 'limbeck synth tag runs/magpie/02-respond.jsonl --provider runs/chat --missions quality,language --output runs/tagged',
+  examples:
+    'limbeck synth tag runs/magpie/02-respond.jsonl --provider runs/chat --missions quality,language --output runs/tagged',
   async run({ args }) {
     const module = await import('../synth/tag.ts');
     const asked = args.missions === undefined ? undefined : list(args.missions);
@@ -182,7 +195,11 @@ const dedupe = command({
       description: 'Without a provider the common share of word sequences, default 0.8; with one the distance, default 0.05.',
       valueHint: 'x',
     },
-    keep: { type: 'string', description: 'first, or all to only mark repeats (by embedding). Default first.', valueHint: 'which' },
+    keep: {
+      type: 'string',
+      description: 'first, or all to only mark repeats (by embedding). Default first.',
+      valueHint: 'which',
+    },
     ...commonArguments,
   },
   examples: `
@@ -207,7 +224,11 @@ const filter = command({
   args: {
     ...dataArguments,
     recipe: { type: 'string', description: 'A published recipe, such as magpie-pro-300k.', valueHint: 'name' },
-    set: { type: 'string', description: 'A condition, as often as wanted: quality=good, longest=1000, ...', valueHint: 'field=value' },
+    set: {
+      type: 'string',
+      description: 'A condition, as often as wanted: quality=good, longest=1000, ...',
+      valueHint: 'field=value',
+    },
     ...commonArguments,
   },
   examples: `
@@ -228,7 +249,8 @@ limbeck synth filter runs/tagged/01-tag.jsonl --set quality=good --set longest=1
 const judge = command({
   meta: { name: 'judge', description: 'Let a model score the answers of records, 0 to 100.' },
   args: { ...dataArguments, ...modelArguments, ...commonArguments },
-  examples: 'limbeck synth judge runs/magpie/02-respond.jsonl --provider http://127.0.0.1:8000/v1 --model-name judge --output runs/judged',
+  examples:
+    'limbeck synth judge runs/magpie/02-respond.jsonl --provider http://127.0.0.1:8000/v1 --model-name judge --output runs/judged',
   async run({ args }) {
     const { reward } = await import('../synth/judge.ts');
     const { bootstrap, correlation } = await import('../synth/statistics.ts');
@@ -246,7 +268,13 @@ const judge = command({
       }
       const { meter } = provider;
       const interval = scores.length > 0 ? bootstrap(scores) : undefined;
-      const result = { type: 'judge', scored: scores.length, score: interval, lengthCorrelation: correlation(scores, sizes), meter };
+      const result = {
+        type: 'judge',
+        scored: scores.length,
+        score: interval,
+        lengthCorrelation: correlation(scores, sizes),
+        meter,
+      };
       if (args.json) process.stdout.write(`${JSON.stringify(result)}\n`);
       else if (interval !== undefined) {
         process.stdout.write(
@@ -262,8 +290,18 @@ const judge = command({
 const report = command({
   meta: { name: 'report', description: 'Write an HTML report of a data set.' },
   args: {
-    data: { type: 'positional', required: true, description: 'Output folder of a run, or a .jsonl file of records.', valueHint: 'path' },
-    out: { type: 'string', alias: 'o', description: 'File to write. Default: report.html in the folder, or here.', valueHint: 'file' },
+    data: {
+      type: 'positional',
+      required: true,
+      description: 'Output folder of a run, or a .jsonl file of records.',
+      valueHint: 'path',
+    },
+    out: {
+      type: 'string',
+      alias: 'o',
+      description: 'File to write. Default: report.html in the folder, or here.',
+      valueHint: 'file',
+    },
     title: { type: 'string', description: 'Heading of the report.', valueHint: 'text' },
     ...commonArguments,
   },
@@ -274,7 +312,11 @@ const report = command({
     const isFile = args.data.endsWith('.jsonl');
     const path = args.out ?? (isFile ? 'report.html' : join(args.data, 'report.html'));
     const survey = isFile
-      ? await writeDatasetReport(path, readRecords<InstructionRecord>(args.data), args.title === undefined ? {} : { title: args.title })
+      ? await writeDatasetReport(
+          path,
+          readRecords<InstructionRecord>(args.data),
+          args.title === undefined ? {} : { title: args.title },
+        )
       : await reportOutput(args.data, path, args.title);
     process.stdout.write(args.json ? `${JSON.stringify({ type: 'report', path, records: survey.records })}\n` : `${path}\n`);
   },

@@ -28,7 +28,10 @@ export function formatRecord(record: InstructionRecord, format: RecordFormat): R
         instruction: instructionOf(record),
         response: responseOf(record),
         conversations: messages.map(({ role, content }) => ({ from: from[role], value: content })),
-        gen_input_configs: origin === undefined ? null : { temperature: origin.temperature, top_p: origin.topP, input_generator: origin.model, seed: origin.seed },
+        gen_input_configs:
+          origin === undefined
+            ? null
+            : { temperature: origin.temperature, top_p: origin.topP, input_generator: origin.model, seed: origin.seed },
         difficulty: tags?.difficulty ?? null,
         input_quality: tags?.quality ?? null,
         task_category: tags?.category ?? null,

@@ -10,6 +10,7 @@ import { ConfigError, DataError } from '../tensor/errors.ts';
 import { checkSeed, randomBlock } from '../tensor/random.ts';
 import { linesAt, lineWriter, openJournal } from './journal.ts';
 import { lockFolder } from './lock.ts';
+import { isTooLong } from './provider.ts';
 
 /** What a stage makes of a record: a new record, or a reason why there is none. */
 export type Outcome<T> = { readonly value: T } | { readonly dropped: string; readonly detail?: string };
@@ -298,7 +299,11 @@ async function* runRecords(work: Work<RecordStage<unknown, unknown>>): AsyncGene
     };
     const one = async (record: unknown, index: number): Promise<void> => {
       try {
-        const outcome = await stage.run(record, { index, seed: seeds(seed, stage.name, index), signal });
+        const context = { index, seed: seeds(seed, stage.name, index), signal };
+        const outcome = await (async () => stage.run(record, context))().catch((error: unknown) => {
+          if (isTooLong(error)) return { dropped: 'too-long', detail: (error as Error).message };
+          throw error;
+        });
         if ('dropped' in outcome) dropped++;
         // `record` belongs to what was dropped, so that a person can see what a stage has refused.
         await journal.append(index, JSON.stringify('dropped' in outcome ? { ...outcome, record } : outcome));

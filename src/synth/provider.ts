@@ -139,6 +139,14 @@ export class ProviderError extends LimbeckError {
   }
 }
 
+/** Whether a call was refused because its prompt has no room in the model's context: the fault of one record, not of the run. */
+export function isTooLong(error: unknown): boolean {
+  if (!LimbeckError.is(error)) return false;
+  if (error.code === 'ERR_CONTEXT') return true;
+  const status = error instanceof ProviderError ? error.status : undefined;
+  return status === 413 || (status === 400 && /context|too long|maximum.*(length|tokens)/i.test(error.message));
+}
+
 /** What a backend says when it is asked for what it cannot do. */
 export function unable(provider: string, what: string, advice: string): ProviderError {
   return new ProviderError(`${provider} cannot ${what}; ${advice}`, { code: 'ERR_UNABLE', argument: what });

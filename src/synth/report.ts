@@ -85,7 +85,12 @@ const barStyle = `
 function figures({ records, turns, instruction, response }: Survey): string {
   const facts: [string, string][] = [
     ['records', count(records)],
-    ['answers in a record', Object.entries(turns).map(([n, times]) => `${n} (${count(times)})`).join(', ') || '–'],
+    [
+      'answers in a record',
+      Object.entries(turns)
+        .map(([n, times]) => `${n} (${count(times)})`)
+        .join(', ') || '–',
+    ],
     ['characters of an instruction', significant(instruction.mean)],
     ['characters of an answer', significant(response.mean)],
   ];
@@ -105,9 +110,7 @@ function lengthSection({ instruction, response }: Survey): string {
 function tagSection({ tags, rules }: Survey): string {
   const all: [string, Readonly<Record<string, number>>][] = Object.entries(tags);
   if (Object.keys(rules).length > 0) all.push(['mended by rule', rules]);
-  return all
-    .map(([name, counts]) => `<section><h2>${encode(name)}</h2>${bars(Object.entries(counts))}</section>`)
-    .join('\n');
+  return all.map(([name, counts]) => `<section><h2>${encode(name)}</h2>${bars(Object.entries(counts))}</section>`).join('\n');
 }
 
 function histogramSection(title: string, spread: Spread, show: (bound: number) => string): string {
@@ -115,7 +118,10 @@ function histogramSection(title: string, spread: Spread, show: (bound: number) =
   const first = counts.findIndex((n) => n > 0);
   const last = counts.findLastIndex((n) => n > 0);
   const rows = bounds
-    .map((bound, i): [string, number] => [i + 1 < bounds.length ? `${show(bound)} – ${show(bounds[i + 1]!)}` : `${show(bound)} –`, counts[i]!])
+    .map((bound, i): [string, number] => [
+      i + 1 < bounds.length ? `${show(bound)} – ${show(bounds[i + 1]!)}` : `${show(bound)} –`,
+      counts[i]!,
+    ])
     .slice(Math.max(0, first), last + 1);
   const facts = `mean ${significant(spread.mean)}, least ${significant(spread.least)}, most ${significant(spread.most)}`;
   return `<section><h2>${encode(title)}</h2><p class="meta">${facts}</p>${bars(rows)}</section>`;
@@ -161,7 +167,10 @@ async function stageSection({ stages = [], folder }: DatasetReportOptions): Prom
       );
     }
   }
-  const more = examples.length === 0 ? '' : `<details><summary>one of each reason</summary><div class="cards">${examples.join('')}</div></details>`;
+  const more =
+    examples.length === 0
+      ? ''
+      : `<details><summary>one of each reason</summary><div class="cards">${examples.join('')}</div></details>`;
   return `<section><h2>Stages</h2><table class="runs"><thead><tr><th scope="col">stage</th><th scope="col">in</th><th scope="col">out</th><th scope="col">refused</th></tr></thead><tbody>${rows.join('')}</tbody></table>${more}</section>`;
 }
 

@@ -17,7 +17,7 @@ import type { Provider } from './provider.ts';
 import { openProvider } from './providers/open.ts';
 import { categories, difficulties, type InstructionRecord, qualities } from './record.ts';
 import { reportOutput } from './report.ts';
-import { missions, type Mission, tag } from './tag.ts';
+import { type Mission, missions, tag } from './tag.ts';
 
 function makeSchema() {
   const z = zodLoaded();
@@ -28,7 +28,10 @@ function makeSchema() {
     z.strictObject({
       provider: z.string().min(1).describe('Address of a server, ollama:NAME, a .gguf file, or the folder of a model.'),
       model: z.string().min(1).optional().describe("The model's name on a server."),
-      dialect: z.enum(['openai', 'vllm', 'llama.cpp', 'limbeck']).optional().describe("What a server knows beyond OpenAI's fields."),
+      dialect: z
+        .enum(['openai', 'vllm', 'llama.cpp', 'limbeck'])
+        .optional()
+        .describe("What a server knows beyond OpenAI's fields."),
       concurrency: count().optional().describe('Calls at work at once.'),
       template: z.string().min(1).optional().describe('Chat template of a local model: a style, or Jinja source.'),
     }),
@@ -52,7 +55,11 @@ function makeSchema() {
     judge: provider.optional().describe('Tags and scores. Default: the responder.'),
     embedder: provider.optional().describe('Embeds instructions for dedupe. Default: the provider.'),
     base: provider.optional().describe("Base model whose answers are scored too, for the reward's difference."),
-    template: z.string().min(1).optional().describe("Family of the pre-query, or a model's name. Default: by the provider's model."),
+    template: z
+      .string()
+      .min(1)
+      .optional()
+      .describe("Family of the pre-query, or a model's name. Default: by the provider's model."),
     instruction: z
       .strictObject({
         ...sampling,
@@ -69,7 +76,10 @@ function makeSchema() {
       .union([
         z.string().min(1),
         z.array(z.string().min(1)).min(1),
-        z.record(z.string(), z.union([z.string().min(1), z.strictObject({ prompt: z.string().min(1), weight: z.number().min(0) })])),
+        z.record(
+          z.string(),
+          z.union([z.string().min(1), z.strictObject({ prompt: z.string().min(1), weight: z.number().min(0) })]),
+        ),
       ])
       .optional()
       .describe('System prompt that steers what is asked: one, a list, or named ones with weights.'),
@@ -213,7 +223,8 @@ export async function* synthesizeInstructions(
     }
     if (run.tags.length > 0) chain = chain.through(tag({ provider: judge, missions: run.tags }));
     if (run.reward) chain = chain.through(reward({ provider: judge, ...(base === undefined ? {} : { base }) }));
-    if (run.filter !== undefined) chain = chain.through(filter(typeof run.filter === 'string' ? run.filter : (given(run.filter) as never)));
+    if (run.filter !== undefined)
+      chain = chain.through(filter(typeof run.filter === 'string' ? run.filter : (given(run.filter) as never)));
     yield* runPipeline(chain, { output: run.output, seed: run.seed, ...options });
     const last = (await readManifest(run.output)).at(-1)!;
     for (const { path, format } of run.export) {

@@ -128,7 +128,12 @@ function spread(bounds: readonly number[]) {
       sum += value;
       least = Math.min(least, value);
       most = Math.max(most, value);
-      counts[Math.max(0, bounds.findLastIndex((bound) => value >= bound))]!++;
+      counts[
+        Math.max(
+          0,
+          bounds.findLastIndex((bound) => value >= bound),
+        )
+      ]!++;
     },
     any: () => count > 0,
     done: (): Spread => ({

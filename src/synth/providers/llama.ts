@@ -104,11 +104,14 @@ export async function openLlamaProvider(options: LlamaOptions): Promise<Provider
     const ends = new Set<number>(stopIds);
     const most = Math.min(maxTokens, context - ids.length);
     if (most < 1) {
-      throw new ConfigError(`${name}: the prompt has ${ids.length} tokens, the context ${context}; shorten it or give more context`, {
-        code: 'ERR_CONTEXT',
-        op: 'generate',
-        argument: 'prompt',
-      });
+      throw new ConfigError(
+        `${name}: the prompt has ${ids.length} tokens, the context ${context}; shorten it or give more context`,
+        {
+          code: 'ERR_CONTEXT',
+          op: 'generate',
+          argument: 'prompt',
+        },
+      );
     }
     const grammar =
       choices === undefined
@@ -239,11 +242,14 @@ async function importLlama(): Promise<LlamaModule> {
     const name = 'node-llama-cpp';
     return (await import(name)) as LlamaModule;
   } catch (cause) {
-    throw new ConfigError('gguf: node-llama-cpp is not installed; npm install node-llama-cpp, or hand the package in as `module`', {
-      code: 'ERR_MODULE',
-      op: 'openLlamaProvider',
-      argument: 'module',
-      cause,
-    });
+    throw new ConfigError(
+      'gguf: node-llama-cpp is not installed; npm install node-llama-cpp, or hand the package in as `module`',
+      {
+        code: 'ERR_MODULE',
+        op: 'openLlamaProvider',
+        argument: 'module',
+        cause,
+      },
+    );
   }
 }

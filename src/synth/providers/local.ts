@@ -96,8 +96,7 @@ export function localProvider(options: LocalOptions): Provider {
     const { choices, logProbabilities, signal } = call.options;
     const encoded = tokenizer.encode(call.prompt);
     // A prompt may bring its begin token along; there must be one of it.
-    const ids =
-      tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
+    const ids = tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
     if (ids.length >= model.config.context) {
       throw new DataError(
         `generate: the prompt has ${ids.length} tokens, the model's context is ${model.config.context}; shorten the prompt`,
@@ -212,7 +211,10 @@ async function meanHidden(model: LanguageModel, all: Int32Array): Promise<Float3
     noGrad(() =>
       model.hidden({
         ids: tensor(Int32Array.from(ids), [1, t]),
-        positions: tensor(Int32Array.from({ length: t }, (_, i) => i), [1, t]),
+        positions: tensor(
+          Int32Array.from({ length: t }, (_, i) => i),
+          [1, t],
+        ),
       }),
     ),
   );
@@ -258,4 +260,3 @@ export async function openLocalProvider(checkpoint: string, options: LocalFolder
     throw error;
   }
 }
-
