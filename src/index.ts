@@ -304,7 +304,7 @@ export {
   type MagpieRunInput,
   magpieJsonSchema,
   parseMagpieRun,
-  synthesizeInstructions,
+  runMagpie,
 } from './synth/run.ts';
 export { type ServeOptions, type Serving, serve } from './synth/serve.ts';
 export {

@@ -145,7 +145,7 @@ limbeck synth magpie magpie.json
   "export": [{ "path": "data.parquet", "format": "sharegpt" }] }
 `.trim(),
   async run({ args, rawArgs, cmd }) {
-    const { loadSynthRun, magpieJsonSchema, synthesizeInstructions } = await import('../synth/run.ts');
+    const { loadSynthRun, magpieJsonSchema, runMagpie } = await import('../synth/run.ts');
     if (args.schema) {
       process.stdout.write(`${JSON.stringify(magpieJsonSchema(), null, 2)}\n`);
       return;
@@ -155,7 +155,7 @@ limbeck synth magpie magpie.json
       process.stdout.write(`${JSON.stringify(run, null, 2)}\n`);
       return;
     }
-    await follow((signal) => synthesizeInstructions(run, { signal }), args.json);
+    await follow((signal) => runMagpie(run, { signal }), args.json);
     if (!args.json) process.stdout.write(`report       ${join(run.output, 'report.html')}\n`);
   },
 });

@@ -198,7 +198,7 @@ const given = <T extends object>(value: T) =>
   Object.fromEntries(Object.entries(value).filter(([, v]) => v !== undefined)) as { [K in keyof T]: Exclude<T[K], undefined> };
 
 /** Runs Magpie and all stages that were asked for, writes the data set and its report. The same call goes on where it stopped. */
-export async function* synthesizeInstructions(
+export async function* runMagpie(
   input: MagpieRunInput,
   options: { readonly signal?: AbortSignal } = {},
 ): AsyncGenerator<PipelineEvent, void> {
