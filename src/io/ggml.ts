@@ -150,7 +150,7 @@ function encodeQ8_0(from: Float32Array, to: Uint8Array): void {
     let most = 0;
     for (let j = 0; j < 32; j++) {
       const v = Math.abs(from[i + j]!);
-      most = v > most ? v : most;
+      most = Math.max(v, most);
     }
     const d = Math.fround(most / 127);
     const inverse = d === 0 ? 0 : Math.fround(1 / d);

@@ -144,7 +144,7 @@ function fitAffine(x: Float32Array, at: number): number {
     for (let j = 0; j < 32; j++) {
       const v = x[at + j]!;
       let q = spacing * (v - low) + ROUND - ROUND;
-      q = q < 0 ? 0 : q > 15 ? 15 : q;
+      q = q < 0 ? 0 : Math.min(q, 15);
       tried[j] = q;
       const wq = weights[j]! * q;
       sumQ += wq;
@@ -177,7 +177,7 @@ function errorOf(x: Float32Array, at: number, spacing: number, low: number, scal
   let error = 0;
   for (let j = 0; j < 32; j++) {
     let q = spacing * (x[at + j]! - low) + ROUND - ROUND;
-    q = q < 0 ? 0 : q > 15 ? 15 : q;
+    q = q < 0 ? 0 : Math.min(q, 15);
     const off = scale * q + m - x[at + j]!;
     error += weights[j]! * off * off;
   }
@@ -239,7 +239,7 @@ function roundAffine(x: Float32Array, at: number, group: number, scale: number, 
       for (let j = 0; j < 32; j++) {
         const v = x[at + j]!;
         let n = (v + low) * inverse + ROUND - ROUND;
-        n = n < 0 ? 0 : n > 15 ? 15 : n;
+        n = n < 0 ? 0 : Math.min(n, 15);
         tried[j] = n;
         const off = step * n - low - v;
         error += (typical + Math.abs(v)) * off * off;
@@ -272,7 +272,7 @@ function fitScale(x: Float32Array, at: number): number {
     for (let j = at; j < at + 16; j++) {
       const v = x[j]!;
       let n = spacing * v + ROUND - ROUND;
-      n = n < -32 ? -32 : n > 31 ? 31 : n;
+      n = n < -32 ? -32 : Math.min(n, 31);
       const w = v * v * n;
       sumXQ += w * v;
       sumQQ += w * n;
@@ -306,7 +306,7 @@ export function encodeQ6_K(from: Float32Array, to: Uint8Array): void {
       const inverse = scale === 0 ? 0 : 1 / scale;
       for (let j = group * 16; j < group * 16 + 16; j++) {
         const n = from[i + j]! * inverse + ROUND - ROUND;
-        q[j] = (n < -32 ? -32 : n > 31 ? 31 : n) + 32;
+        q[j] = (n < -32 ? -32 : Math.min(n, 31)) + 32;
       }
     }
     for (let part = 0; part < 2; part++) {

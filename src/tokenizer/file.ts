@@ -263,7 +263,8 @@ function namedTokens(json: Json, config: Json, ids: ReadonlyMap<string, number>,
   };
 }
 
-function templateTokens(entry: unknown): { first?: string; last?: string } {
+/** The tokens that a post-processor puts around a text. */
+export function templateTokens(entry: unknown): { first?: string; last?: string } {
   if (!isObject(entry)) return {};
   if (entry.type === 'Sequence' && Array.isArray(entry.processors)) {
     return Object.assign({}, ...entry.processors.map(templateTokens));

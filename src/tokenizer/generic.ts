@@ -52,6 +52,7 @@ export function genericTokenizer(file: TokenizerFile): Tokenizer {
     pad: file.pad,
     unk: file.unk,
     engine: 'generic',
+    file,
     encode: (text, options = {}) => sentinels(file, options)(encode(text, options.special ?? true)),
     async encodeBatch(texts, options = {}) {
       const wrap = sentinels(file, options);

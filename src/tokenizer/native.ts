@@ -48,6 +48,7 @@ export function nativeTokenizer(file: TokenizerFile, plan: NativePlan): Tokenize
     pad: file.pad,
     unk: file.unk,
     engine: 'native',
+    file,
     encode(text, options = {}) {
       return sentinels(file, options)(encodeText(text, options.special ?? true));
     },

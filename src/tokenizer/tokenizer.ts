@@ -3,7 +3,7 @@
 import { readFile, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { FileError, FormatError } from '../tensor/errors.ts';
-import { parseTokenizer } from './file.ts';
+import { parseTokenizer, type TokenizerFile } from './file.ts';
 import { genericTokenizer } from './generic.ts';
 import { nativeTokenizer } from './native.ts';
 
@@ -31,6 +31,8 @@ export interface Tokenizer {
   readonly unk: number | undefined;
   /** `native`: our own encoder; `generic`: `@huggingface/tokenizers`, for pipelines that the native one does not cover. */
   readonly engine: 'native' | 'generic';
+  /** The tokenizer.json that it was made from. */
+  readonly file: TokenizerFile;
   /** Encodes at once. Bytes must be UTF-8. @throws ConfigError where `bos` or `eos` is asked for and missing */
   encode(text: string | Uint8Array, options?: EncodeOptions): Int32Array;
   /** Encodes many or long texts beside the event loop. */
