@@ -156,6 +156,8 @@ export function metadataOf(c: DecoderConfig): About {
     metadata.push([`${arch}.rope.scaling.type`, { type: 'string', value: 'linear' }]);
     put('rope.scaling.factor', 'f32', c.ropeScaling.factor);
   } else if (c.ropeScaling !== null && arch !== 'llama') throw unsupported('ropeScaling', 'linear or null', c.ropeScaling);
+  if (arch === 'qwen2' && c.heads * c.headSize !== c.width)
+    throw unsupported('headSize', `width / heads (${c.width / c.heads})`, c.headSize);
   if (c.bias.qkv && arch !== 'llama' && arch !== 'qwen2') throw unsupported('bias.qkv', 'false', true);
   if (!c.bias.qkv && arch === 'qwen2') throw unsupported('bias.qkv', 'true', false);
   if (c.bias.output && arch !== 'llama') throw unsupported('bias.output', 'false', true);
@@ -204,6 +206,8 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
       ? refuse(`${arch}.${key}`, 'a number', metadata.get(`${arch}.${key}`)?.value)
       : value;
   };
+  if (number('block_count') > tensors.size)
+    refuse(`${arch}.block_count`, `at most the number of tensors (${tensors.size})`, number('block_count'));
   if (number('expert_count', 0) > 0)
     refuse(`${arch}.expert_count`, '0: mixtures of experts are not supported', number('expert_count'));
 
@@ -276,6 +280,8 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
 function numberOf(metadata: GgufMetadata, key: string): number | undefined {
   const entry = metadata.get(key);
   if (entry === undefined) return undefined;
+  // As it was meant: the float32 nearest to 1e-6 is not 1e-6.
+  if (entry.type === 'f32') return Number(entry.value.toPrecision(7));
   if (typeof entry.value === 'number') return entry.value;
   return typeof entry.value === 'bigint' ? Number(entry.value) : Number.NaN;
 }
