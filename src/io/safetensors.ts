@@ -242,7 +242,7 @@ async function readHeader(path: string, file: FileHandle): Promise<Safetensors> 
   const bytes = Buffer.alloc(length);
   if ((await readAll(file, bytes, 8)) < length) throw refuse(path, 'it became shorter while it was read', 'TRUNCATED');
 
-  const { metadata, tensors } = parseHeader(path, bytes, size);
+  const { metadata, tensors } = parseSafetensors(path, bytes, size);
   const entryOf = (name: string): SafetensorsEntry => {
     const entry = tensors.get(name);
     if (entry === undefined) throw refuse(path, `it has no tensor ${show(name)}`, 'NAME', { argument: name });
@@ -277,7 +277,12 @@ async function readHeader(path: string, file: FileHandle): Promise<Safetensors> 
   };
 }
 
-function parseHeader(path: string, bytes: Buffer, size: number) {
+/**
+ * Reads a header, its length left out, of a file of `size` bytes: everything that it says must be true of the file.
+ * @param path for errors
+ * @throws FormatError
+ */
+export function parseSafetensors(path: string, bytes: Buffer, size: number): Pick<Safetensors, 'metadata' | 'tensors'> {
   let text: string;
   let header: unknown;
   try {

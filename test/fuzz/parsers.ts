@@ -1,0 +1,163 @@
+// Mutated files against the parsers: whatever the bytes, an answer or a typed error, in little time and memory.
+//   npm run fuzz -- gguf --inputs 1000000 --seed 7
+
+import { parseArgs } from 'node:util';
+import { parseGguf } from '../../src/io/gguf.ts';
+import { parseSafetensors } from '../../src/io/safetensors.ts';
+import { fromMetadata } from '../../src/models/ggufconfig.ts';
+import { LimbeckError } from '../../src/tensor/errors.ts';
+import { randomBlock } from '../../src/tensor/random.ts';
+import { tokenizerOfGguf } from '../../src/tokenizer/gguf.ts';
+import { tokenizerFromJson } from '../../src/tokenizer/tokenizer.ts';
+import { safetensorsBytes, seeds } from './seeds.ts';
+
+/** What reads the bytes of each kind of file; what it throws must be a LimbeckError. */
+const targets = {
+  gguf(bytes: Buffer, index: number): boolean {
+    const header = parseGguf('fuzz.gguf', bytes, bytes.length);
+    if (header === undefined) throw new Error('a whole file was not enough');
+    fromMetadata(header, 'fuzz.gguf', undefined);
+    // A tokenizer takes longer than all else together.
+    if (index % 8 === 0) tokenizerOfGguf(header.metadata, 'fuzz.gguf');
+    return true;
+  },
+  safetensors(bytes: Buffer): boolean {
+    // The bytes of tensors mean nothing to the parser.
+    parseSafetensors('fuzz.safetensors', bytes, 8 + bytes.length + safetensorsBytes);
+    return true;
+  },
+  tokenizer(bytes: Buffer): boolean {
+    tokenizerFromJson(bytes.toString('utf8')).encode('the people <eos> 12 ü');
+    return true;
+  },
+} as const;
+
+export type Target = keyof typeof targets;
+
+export interface FuzzReport {
+  readonly inputs: number;
+  /** Inputs that were taken for good files. */
+  readonly accepted: number;
+  readonly seconds: number;
+  /** Milliseconds of the slowest input, and which it was. */
+  readonly slowest: { readonly ms: number; readonly index: number };
+  /** Growth of the process while it ran, in bytes. */
+  readonly memory: number;
+}
+
+/**
+ * Runs a parser on `inputs` mutated files; the same for the same seed.
+ * @throws Error with the seed and index of an input that gave neither an answer nor a LimbeckError.
+ */
+export async function fuzz(target: Target, inputs: number, seed: number, first = 0): Promise<FuzzReport> {
+  const bases = await seeds[target]();
+  const started = performance.now();
+  const before = process.memoryUsage().rss;
+  let [accepted, peak, slowest] = [0, before, { ms: 0, index: -1 }];
+  for (let index = first; index < first + inputs; index++) {
+    const bytes = mutated(bases, seed, index);
+    const from = performance.now();
+    try {
+      if (targets[target](bytes, index)) accepted++;
+    } catch (error) {
+      if (!LimbeckError.is(error)) {
+        const again = `npm run fuzz -- ${target} --seed ${seed} --first ${index} --inputs 1`;
+        throw new Error(`${target}, input ${index} of seed ${seed}: ${String(error)} (${again})`, { cause: error });
+      }
+    }
+    const ms = performance.now() - from;
+    if (ms > slowest.ms) slowest = { ms, index };
+    if (index % 256 === 0) peak = Math.max(peak, process.memoryUsage().rss);
+  }
+  return { inputs, accepted, seconds: (performance.now() - started) / 1000, slowest, memory: peak - before };
+}
+
+// Values where counts, lengths and offsets go wrong.
+const edges = [
+  0,
+  1,
+  2,
+  7,
+  8,
+  9,
+  31,
+  32,
+  33,
+  127,
+  128,
+  255,
+  256,
+  65535,
+  2 ** 31 - 1,
+  2 ** 31,
+  2 ** 32 - 1,
+  2 ** 32,
+  2 ** 53,
+  2 ** 63,
+  2 ** 64 - 1,
+];
+
+function mutated(bases: readonly Buffer[], seed: number, index: number): Buffer {
+  let [block, at]: [ArrayLike<number>, number] = [[], 0];
+  let round = 0;
+  const draw = (below: number): number => {
+    if (at >= block.length) [block, at] = [randomBlock(seed, index, round++), 0];
+    return block[at++]! % Math.max(1, below);
+  };
+  let bytes = Buffer.from(bases[draw(bases.length)]!);
+  for (let edits = 1 + draw(3); edits > 0; edits--) {
+    const place = draw(bytes.length);
+    switch (draw(8)) {
+      case 0:
+        bytes[place] = bytes[place]! ^ (1 << draw(8));
+        break;
+      case 1:
+        bytes[place] = draw(256);
+        break;
+      case 2: {
+        const wide = Buffer.alloc(8);
+        wide.writeBigUInt64LE(BigInt(edges[draw(edges.length)]!) & (2n ** 64n - 1n));
+        wide.copy(bytes, place, 0, draw(2) === 0 ? 4 : 8);
+        break;
+      }
+      case 3:
+        bytes = bytes.subarray(0, place);
+        break;
+      case 4:
+        bytes = Buffer.concat([bytes.subarray(0, place), bytes.subarray(place + 1 + draw(16))]);
+        break;
+      case 5: {
+        const from = draw(bytes.length);
+        bytes = Buffer.concat([bytes.subarray(0, place), bytes.subarray(from, from + 1 + draw(64)), bytes.subarray(place)]);
+        break;
+      }
+      case 6: {
+        const other = bases[draw(bases.length)]!;
+        other.copy(bytes, place, draw(other.length), Math.min(other.length, place + draw(64)));
+        break;
+      }
+      default: {
+        // Digits and signs, for headers that are text.
+        const text = Buffer.from(['-1', '1e400', '99999999999999999999', 'null', '{}', '[]', '"', '\\u0000', '\ufffd'][draw(9)]!);
+        bytes = Buffer.concat([bytes.subarray(0, place), text, bytes.subarray(place + draw(4))]);
+      }
+    }
+    if (bytes.length === 0) break;
+  }
+  return Buffer.from(bytes);
+}
+
+if (process.argv[1]?.endsWith('parsers.ts')) {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      inputs: { type: 'string', default: '100000' },
+      seed: { type: 'string', default: '1' },
+      first: { type: 'string', default: '0' },
+    },
+  });
+  for (const target of positionals.length > 0 ? (positionals as Target[]) : (Object.keys(targets) as Target[])) {
+    const report = await fuzz(target, Number(values.inputs), Number(values.seed), Number(values.first));
+    process.stdout.write(`${JSON.stringify({ target, ...report })}\n`);
+  }
+}
