@@ -22,7 +22,19 @@ export { openTokenFile, type TokenFile, type TokenFileOptions, tokenFile, writeT
 export { distill } from './distill/distill.ts';
 export { cacheTeacher, type TaughtCache, type TeachOptions } from './distill/teach.ts';
 export { type ComparisonOptions, type EvaluateOptions, evaluate, evaluateModel } from './evaluate/evaluate.ts';
+export type { GgmlTypeName } from './io/ggml.ts';
 // Files
+export {
+  type Gguf,
+  type GgufEntry,
+  type GgufHeader,
+  type GgufInput,
+  type GgufMetadata,
+  type GgufValue,
+  type GgufWriteOptions,
+  openGguf,
+  writeGguf,
+} from './io/gguf.ts';
 export {
   type OnnxGraph,
   type OnnxNode,
@@ -77,6 +89,7 @@ export {
   type TokenOptions,
   type TokenRequest,
 } from './models/generate.ts';
+export { type ExportGgufOptions, exportGguf, type GgufModel, type GgufType, ggufTypes, openGgufModel } from './models/gguf.ts';
 export {
   createModel,
   type LanguageModel,

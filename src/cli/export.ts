@@ -1,6 +1,7 @@
 // limbeck export CHECKPOINT --to FORMAT: the files that other programs read
 
 import { basename, resolve } from 'node:path';
+import type { GgufType } from '../models/gguf.ts';
 import type { LoadedModel } from '../models/model.ts';
 import { bytes } from '../train/format.ts';
 import { command, commonArguments, Exit, exitCode, UsageError } from './command.ts';
@@ -8,6 +9,8 @@ import { interruptible } from './interrupt.ts';
 
 /** What an exporter is told beside the model. */
 export interface ExportSettings {
+  /** Where the model was loaded from. */
+  readonly folder: string;
   /** One of the exporter's `types`. */
   readonly type: string;
   readonly signal: AbortSignal;
@@ -28,13 +31,31 @@ export interface Exporter {
 
 // Each loads its code when it is wanted.
 const exporters: Readonly<Record<string, Exporter>> = {
+  gguf: {
+    description: 'a file for llama.cpp and Ollama',
+    types: ['f16', 'bf16', 'f32', 'q8_0', 'q6_k', 'q4_k_m'],
+    suffix: '.gguf',
+    async write(out, { model, tokenizer }, { folder, type, signal, onProgress }) {
+      const { exportGguf } = await import('../models/gguf.ts');
+      const { loadChatTemplate } = await import('../tokenizer/chat.ts');
+      const template = await loadChatTemplate(folder, tokenizer);
+      const name = basename(out, '.gguf');
+      return exportGguf(out, model, tokenizer, {
+        type: type as GgufType,
+        chatTemplate: template?.source,
+        name,
+        signal,
+        onProgress,
+      });
+    },
+  },
   safetensors: {
     description: 'a folder for Transformers and vLLM',
-    types: ['f32'],
+    types: ['f32', 'bf16'],
     suffix: '-safetensors',
-    async write(out, { model, tokenizer }) {
+    async write(out, { model, tokenizer, files }, { type }) {
       const { saveModel } = await import('../models/model.ts');
-      await saveModel(out, model, tokenizer);
+      await saveModel(out, model, tokenizer, { dtype: type as 'f32' | 'bf16', files });
       return [];
     },
   },
@@ -75,6 +96,7 @@ export const exportCommand = command({
     ...commonArguments,
   },
   examples: `
+limbeck export runs/student --to gguf --type q8_0
 limbeck export runs/student --to safetensors --out student
 `.trim(),
   async run({ args }) {
@@ -93,9 +115,10 @@ limbeck export runs/student --to safetensors --out student
     const progress = progressLine();
     const notes = await interruptible(
       async (signal) => {
-        const loaded = await loadModel(await resolveCheckpoint(args.checkpoint));
+        const folder = await resolveCheckpoint(args.checkpoint);
+        const loaded = await loadModel(folder);
         try {
-          return await exporter.write(out, loaded, { type, signal, onProgress: progress.show });
+          return await exporter.write(out, loaded, { folder, type, signal, onProgress: progress.show });
         } catch (error) {
           if (error === signal.reason) throw new Exit(exitCode.interrupted);
           throw error;

@@ -40,8 +40,9 @@ export async function latestCheckpoint(output: string): Promise<string | undefin
   return (await checkpointFolders(output)).at(-1);
 }
 
-/** The folder of a model: `path` itself when it holds one, else its newest checkpoint. @throws FormatError */
+/** The folder of a model: `path` itself when it holds one or is a GGUF file, else its newest checkpoint. @throws FormatError */
 export async function resolveCheckpoint(path: string): Promise<string> {
+  if (path.endsWith('.gguf')) return path;
   const here = await stat(join(path, 'config.json')).catch(() => undefined);
   if (here?.isFile()) return path;
   const newest = await latestCheckpoint(path);

@@ -3,7 +3,7 @@
 
 import { type GgmlTypeName, ggmlTypes } from '../io/ggml.ts';
 import { type Gguf, type GgufInput, type GgufValue, openGguf, writeGguf } from '../io/gguf.ts';
-import type { Parameters } from '../nn/parameters.ts';
+import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -12,7 +12,7 @@ import { readAs, viewOf } from '../tensor/tensor.ts';
 import { ggufVocabulary, tokenizerOfGguf } from '../tokenizer/gguf.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { DecoderConfig } from './decoder.ts';
-import { fromMetadata, metadataOf, queryFactor, ropeFactors, splitPairs } from './ggufconfig.ts';
+import { decoderOf, fromMetadata, metadataOf, queryFactor, ropeFactors, splitPairs } from './ggufconfig.ts';
 import type { LanguageModel } from './model.ts';
 
 /** How the weights of a file are kept, as llama.cpp calls its mixtures; vectors are always float32. */
@@ -123,7 +123,7 @@ export async function exportGguf(
   options: ExportGgufOptions = {},
 ): Promise<readonly string[]> {
   const { type = 'f16', signal, onProgress } = options;
-  const { config, parameters } = model;
+  const { parameters } = model;
   if (!ggufTypes.includes(type)) {
     throw new ConfigError(`exportGguf: type is ${String(type)}, expected one of ${ggufTypes.join(', ')}`, {
       code: 'ERR_CONFIG',
@@ -140,6 +140,7 @@ export async function exportGguf(
       argument: 'model',
     });
   }
+  const config = decoderOf(model.config);
   const about = metadataOf(config);
   const vocabulary = ggufVocabulary(tokenizer, config.vocabSize, options.chatTemplate);
   const metadata: (readonly [string, GgufValue])[] = [
@@ -173,7 +174,7 @@ function fallbacks(type: GgufType, tensors: readonly GgufInput[]): string[] {
   return [`${odd.length} of ${tensors.length} tensors are kept as ${kept}: their rows are no multiples of ${block}`];
 }
 
-type Loaded = Pick<Parameters<never>, 'list' | 'values'>;
+type Loaded = Pick<Parameters<SpecTree>, 'list' | 'values'>;
 
 /** The values of a parameter as the file has them, a run of rows at a time. */
 async function* runsOf({ list, values }: Loaded, part: Part): AsyncGenerator<Float32Array> {
@@ -220,7 +221,7 @@ function reordered(data: Float32Array, heads: number, columns: number, toFile: b
 export interface GgufModel extends AsyncDisposable {
   readonly config: DecoderConfig;
   /** Reads all weights into parameters that were made for `config`. */
-  fill(parameters: Pick<Parameters<never>, 'write' | 'refresh'>): Promise<void>;
+  fill(parameters: Pick<Parameters<SpecTree>, 'write' | 'refresh'>): Promise<void>;
   /** @throws FormatError for a vocabulary that our tokenizers have not. */
   tokenizer(): Tokenizer;
 }

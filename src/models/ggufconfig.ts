@@ -4,6 +4,7 @@ import type { GgufHeader, GgufMetadata, GgufValue } from '../io/gguf.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { type LayerKind, layerKind } from './config.ts';
 import { checkDecoder, type DecoderConfig } from './decoder.ts';
+import type { ModelConfig } from './registry.ts';
 
 type Architecture = DecoderConfig['architecture'];
 
@@ -55,8 +56,14 @@ const rules: Readonly<Record<string, Rules>> = {
   smollm3: { ours: ['smollm3'], pattern: ['global'], pairs: true, fixed: { ...llama, rotary: [true, true, true, false] } },
 };
 
-function rulesFor(c: DecoderConfig): readonly [string, Rules] {
-  const found = Object.entries(rules).find(([, { ours }]) => ours.includes(c.architecture));
+/** The config of an architecture that GGUF has. @throws ConfigError naming it otherwise */
+export function decoderOf(c: ModelConfig): DecoderConfig {
+  rulesFor(c);
+  return c as DecoderConfig;
+}
+
+function rulesFor(c: Pick<ModelConfig, 'architecture'>): readonly [string, Rules] {
+  const found = Object.entries(rules).find(([, { ours }]) => (ours as readonly string[]).includes(c.architecture));
   if (found !== undefined) return found;
   throw unsupported(
     'architecture',

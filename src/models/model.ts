@@ -8,6 +8,7 @@ import type { Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { ForwardOptions, ModelInput } from './config.ts';
 import type { DecoderConfig } from './decoder.ts';
+import { type GgufModel, isGguf, openGgufModel } from './gguf.ts';
 import { type Preset, presets } from './presets.ts';
 import { buildModel, checkConfig, configFrom, type ModelConfig } from './registry.ts';
 import { transformersText } from './transformers.ts';
@@ -101,23 +102,20 @@ export interface LoadedModel {
 }
 
 /**
- * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors or its shards, tokenizer.json.
+ * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors or its shards, tokenizer.json. Or a GGUF
+ * file, by a path that ends in `.gguf`; its weights are unpacked.
  * @throws FormatError for a file that is damaged, of an architecture or with an option that is not known, or does not fit the config.
  */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
-  const [config, tokenizer] = await Promise.all([loadConfig(folder), loadTokenizer(folder)]);
-  if (tokenizer.vocabSize > config.vocabSize) {
-    throw new FormatError(
-      `${folder}: the tokenizer has ${tokenizer.vocabSize} ids, the embedding only ${config.vocabSize} rows; they are not of the same model`,
-      {
-        code: 'ERR_CHECKPOINT',
-        op: 'loadModel',
-        argument: 'tokenizer.json',
-        expected: `at most ${config.vocabSize}`,
-        actual: String(tokenizer.vocabSize),
-      },
-    );
+  if (isGguf(folder)) {
+    return withGguf(folder, async (file) => {
+      const tokenizer = file.tokenizer();
+      checkVocabulary(folder, tokenizer, file.config);
+      return { model: await loadGguf(file, options), tokenizer, files: {} };
+    });
   }
+  const [config, tokenizer] = await Promise.all([loadConfig(folder), loadTokenizer(folder)]);
+  checkVocabulary(folder, tokenizer, config);
   const files: Record<string, string> = {};
   for (const name of keptFiles) {
     const text = await readFile(join(folder, name), 'utf8').catch(() => undefined);
@@ -126,21 +124,57 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   return { model: await loadInto(folder, config, options), tokenizer, files };
 }
 
-/** The configuration of a model folder. @throws FormatError */
+function checkVocabulary(where: string, { vocabSize }: Tokenizer, config: ModelConfig): void {
+  if (vocabSize <= config.vocabSize) return;
+  throw new FormatError(
+    `${where}: the tokenizer has ${vocabSize} ids, the embedding only ${config.vocabSize} rows; they are not of the same model`,
+    {
+      code: 'ERR_CHECKPOINT',
+      op: 'loadModel',
+      argument: 'tokenizer.json',
+      expected: `at most ${config.vocabSize}`,
+      actual: String(vocabSize),
+    },
+  );
+}
+
+/** The configuration of a model folder or GGUF file. @throws FormatError */
 export async function loadConfig(folder: string): Promise<ModelConfig> {
+  if (isGguf(folder)) return withGguf(folder, async ({ config }) => config);
   const path = join(folder, configFile);
   return configFrom(await readJson(path), path);
 }
 
-/** The model of a folder, without its tokenizer. */
+/** The model of a folder or GGUF file, without its tokenizer. */
 export async function loadWeights(folder: string, options: LoadOptions = {}): Promise<LanguageModel> {
+  if (isGguf(folder)) return withGguf(folder, (file) => loadGguf(file, options));
   return loadInto(folder, await loadConfig(folder), options);
 }
 
-async function loadInto(folder: string, config: ModelConfig, options: LoadOptions): Promise<LanguageModel> {
+async function withGguf<T>(path: string, use: (file: GgufModel) => Promise<T>): Promise<T> {
+  const file = await openGgufModel(path);
+  try {
+    return await use(file);
+  } finally {
+    await file[Symbol.asyncDispose]();
+  }
+}
+
+const loadGguf = (file: GgufModel, options: LoadOptions): Promise<LanguageModel> =>
+  filled(file.config, options, (parameters) => file.fill(parameters));
+
+const loadInto = (folder: string, config: ModelConfig, options: LoadOptions): Promise<LanguageModel> =>
+  filled(config, options, (parameters) => readParameters(folder, config, parameters));
+
+/** A model whose parameters `fill` writes. */
+async function filled(
+  config: ModelConfig,
+  options: LoadOptions,
+  fill: (parameters: LanguageModel['parameters']) => Promise<void>,
+): Promise<LanguageModel> {
   const model = createModel(config, { trainable: false, ...options });
   try {
-    await readParameters(folder, config, model.parameters);
+    await fill(model.parameters);
     return model;
   } catch (error) {
     model.dispose();

@@ -397,7 +397,7 @@ async function optional(path: string): Promise<string | undefined> {
     return await readFile(path, 'utf8');
   } catch (error) {
     const { code, message } = error as NodeJS.ErrnoException;
-    if (code === 'ENOENT') return undefined;
+    if (code === 'ENOENT' || code === 'ENOTDIR') return undefined;
     throw new FileError(`loadChatTemplate: cannot read ${path}: ${message}`, {
       code: 'ERR_READ',
       op: 'loadChatTemplate',

@@ -34,3 +34,29 @@ test('safetensors: a folder with the same weights', async () => {
     expect(Buffer.compare(await readFile(join(out, name)), await readFile(join(folder, 'model', name))), name).toBe(0);
   }
 });
+
+test('gguf: a file that loads as the same model, with notes about what it could not keep', async () => {
+  const out = join(folder, 'model.gguf');
+  const result = await limbeckHere(['export', join(folder, 'model'), '--to', 'gguf', '--type', 'f32', '--out', out]);
+  expect(result).toEqual({ code: 0, out: `${out}\n`, err: '' });
+  const small = await limbeckHere([
+    'export',
+    join(folder, 'model'),
+    '--to',
+    'gguf',
+    '--type',
+    'q4_k_m',
+    '--out',
+    `${out}2`,
+    '--json',
+  ]);
+  expect(JSON.parse(small.out)).toMatchObject({
+    format: 'gguf',
+    weights: 'q4_k_m',
+    notes: [expect.stringContaining('kept as Q8_0')],
+  });
+  const again = join(folder, 'back');
+  expect((await limbeckHere(['export', out, '--to', 'safetensors', '--out', again])).code).toBe(0);
+  const weights = 'model.safetensors';
+  expect(Buffer.compare(await readFile(join(again, weights)), await readFile(join(folder, 'model', weights)))).toBe(0);
+});

@@ -57,7 +57,7 @@ describe('a wrong command line exits with 2 and says why', () => {
     [['generate', 'x', '--prompt', 'a', '--tokens', 'many'], '--tokens is "many"; it must be a whole number of at least 1'],
     [['export', 'x'], 'Give --to: '],
     [['export', 'x', '--to', 'pickle'], '--to is "pickle"; there are '],
-    [['export', 'x', '--to', 'safetensors', '--type', 'q1'], '--type is "q1"; safetensors has f32'],
+    [['export', 'x', '--to', 'safetensors', '--type', 'q1'], '--type is "q1"; safetensors has f32, bf16'],
     [['evaluate', 'x'], 'Give one of --text, --jsonl and --tokens'],
   ])('%j', async (args, text) => {
     const { code, out, err } = await limbeckHere(args);
