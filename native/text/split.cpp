@@ -88,7 +88,8 @@ CodePoint code_point_at(const uint8_t* p, const uint8_t* end) {
     if ((p[i] & 0xC0) != 0x80) return {0, 0};
     c = c << 6 | (p[i] & 0x3F);
   }
-  if (c >= kCodePoints) return {0, 0};
+  // Longer than it need be, half of a pair, or beyond Unicode.
+  if (c < (length == 2 ? 0x80u : length == 3 ? 0x800u : 0x10000u) || (c >= 0xD800 && c < 0xE000) || c >= kCodePoints) return {0, 0};
   return {c, length};
 }
 

@@ -14,6 +14,9 @@ const contractions = "'s|'t|'re|'ve|'m|'ll|'d";
 const modern = (numbers: string) =>
   `(?i:${contractions})|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|${numbers}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+`;
 
+// Readers disagree about what `Digits` takes for one, and agree about this.
+const number = '\\p{N}';
+
 const gpt2 = `${contractions}| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+`;
 
 const known: Record<PreTokenizerName, { regex: string; rules: number }> = {
@@ -39,7 +42,7 @@ export function preTokenizerJson(name: PreTokenizerName): object {
   return {
     type: 'Sequence',
     pretokenizers: [
-      ...(name === 'digits' ? [{ type: 'Digits', individual_digits: true }] : []),
+      ...(name === 'digits' ? [{ type: 'Split', pattern: { Regex: number }, behavior: 'Isolated', invert: false }] : []),
       { type: 'Split', pattern: { Regex: known[name].regex }, behavior: 'Isolated', invert: false },
       { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: false },
     ],
@@ -64,7 +67,9 @@ export function rulesFor(json: unknown): number | undefined {
   const parts = entry.type === 'Sequence' ? entry.pretokenizers : undefined;
   if (!Array.isArray(parts) || !parts.every((part) => typeof part === 'object' && part !== null)) return undefined;
   const [first, ...rest] = parts as Json[];
-  if (first?.type === 'Digits' && first.individual_digits === true) {
+  const isNumber =
+    first?.type === 'Split' && (first.pattern as Json | undefined)?.Regex === number && first.behavior === 'Isolated';
+  if ((first?.type === 'Digits' && first.individual_digits === true) || (isNumber && first.invert !== true)) {
     return wordRules(rest) === known.gpt2.rules ? known.digits.rules : undefined;
   }
   return wordRules(parts as Json[]);

@@ -18,6 +18,7 @@ beforeAll(async () => {
     heads: 2,
     kvHeads: 1,
     headSize: 16,
+    queryScalar: 16,
   });
   const model = createModel(config, { seed: 1, trainable: false });
   await saveModel(join(folder, 'model'), model, tokenizer);

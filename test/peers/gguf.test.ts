@@ -94,7 +94,7 @@ const architectures: readonly DecoderConfig[] = [
   {
     ...llama,
     tied: true,
-    bias: { qkv: true, output: false },
+    bias: { qkv: true, output: true },
     ropeBase: 500_000,
     ropeScaling: { kind: 'llama3', factor: 8, lowFrequency: 1, highFrequency: 4, context: 64 },
   },

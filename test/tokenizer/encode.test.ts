@@ -233,6 +233,13 @@ test('bytes that are not UTF-8 keep their place', () => {
     fc.constantFrom('é', '中', '😀', ' the', '<bos>').map((text) => new TextEncoder().encode(text)),
   );
   for (const ours of [tokenizer, tokenizerFromJson(sentencePiece(json))]) {
+    // '@' in three bytes and in four, half of a pair: none of them is UTF-8.
+    for (const bytes of [
+      [0xe0, 0x81, 0x80],
+      [0xf0, 0x80, 0x81, 0x80],
+      [0xed, 0xa0, 0x80],
+    ])
+      expect(ours.decode(ours.encode(Uint8Array.from(bytes)))).toBe(decoder.decode(Uint8Array.from(bytes)));
     fc.assert(
       fc.property(fc.array(piece, { maxLength: 40 }), (pieces) => {
         const bytes = Buffer.concat(pieces);
