@@ -196,7 +196,7 @@ async function answers(config: DecoderConfig, type: GgufType) {
 function withBiases(model: LanguageModel): LanguageModel {
   for (const { name, tensor: t } of model.parameters.list) {
     if (t.shape.length !== 1) continue;
-    const start = name.endsWith('.bias') ? 0 : 1 - model.config.normOffset;
+    const start = name.endsWith('.bias') ? 0 : 1 - (model.config as DecoderConfig).normOffset;
     model.parameters.write(
       name,
       0,
