@@ -1,6 +1,7 @@
 // limbeck synth STAGE: data from models, and what becomes of data
 
 import { join } from 'node:path';
+import type { InstructionChain } from '../synth/instruct/synthesize.ts';
 import type { Pipeline, PipelineEvent } from '../synth/pipeline.ts';
 import type { ProviderSpec } from '../synth/providers/open.ts';
 import type { InstructionRecord } from '../synth/record.ts';
@@ -157,6 +158,100 @@ limbeck synth magpie magpie.json
     }
     await follow((signal) => runMagpie(run, { signal }), args.json);
     if (!args.json) process.stdout.write(`report       ${join(run.output, 'report.html')}\n`);
+  },
+});
+
+const instruct = command({
+  meta: { name: 'instruct', description: 'Give raw texts questions and answers, as documents for instruction pretraining.' },
+  args: {
+    texts: {
+      type: 'positional',
+      required: true,
+      description: 'Raw texts: .jsonl, or plain text; a file, a folder or a glob.',
+      valueHint: 'path',
+    },
+    output: dataArguments.output,
+    seed: dataArguments.seed,
+    ...modelArguments,
+    tokenizer: {
+      type: 'string',
+      description: "The synthesizer's tokenizer.json or its folder, to measure prompts. Default: the local model's.",
+      valueHint: 'path',
+    },
+    field: { type: 'string', description: 'Field of a JSON line that holds the text. Default text.', valueHint: 'name' },
+    passage: { type: 'string', description: 'Cut texts into passages of so many tokens. Default: not cut.', valueHint: 'tokens' },
+    rounds: { type: 'string', description: 'Texts of a chain; each sees those before it. Default 3.', valueHint: 'n' },
+    context: {
+      type: 'string',
+      description: 'Most tokens of prompt and answer. Default 4096, or what the local model reads.',
+      valueHint: 'tokens',
+    },
+    'max-tokens': { type: 'string', description: 'Most tokens of an answer. Default 400.', valueHint: 'n' },
+    temperature: { type: 'string', description: '0 takes the likeliest token. Default 0.', valueHint: 'x' },
+    ...commonArguments,
+  },
+  examples: `
+limbeck synth instruct 'corpus/*.txt' --provider runs/synthesizer --passage 300 --output data/augmented
+limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-name instruction-synthesizer --tokenizer models/synthesizer --output data/augmented
+`.trim(),
+  async run({ args }) {
+    const { output } = args;
+    if (output === undefined) throw new UsageError('where to? Give --output, a folder');
+    if (args.provider === undefined) throw new UsageError('which synthesizer? Give --provider');
+    const number = (name: 'passage' | 'rounds' | 'context' | 'max-tokens') => numberOption(name, args[name], 1, true);
+    const passage = number('passage');
+    const rounds = number('rounds') ?? 3;
+    const temperature = numberOption('temperature', args.temperature, 0) ?? 0;
+    const seed = numberOption('seed', args.seed, 0, true) ?? 0;
+    const remote = /^(https?:|ollama:)|\.gguf$/.test(args.provider);
+    if (remote && args.tokenizer === undefined) throw new UsageError('--tokenizer is missing: prompts are measured with it');
+    const { resolveCheckpoint } = await import('../models/folder.ts');
+    const { loadConfig } = await import('../models/model.ts');
+    const { loadTokenizer } = await import('../tokenizer/tokenizer.ts');
+    const { jsonl } = await import('../data/jsonl.ts');
+    const { textFiles } = await import('../data/source.ts');
+    const { passageStage, textRecords } = await import('../synth/instruct/passages.ts');
+    const { documentStage, renderStage } = await import('../synth/instruct/render.ts');
+    const { synthesisReport, synthesizeInstructions } = await import('../synth/instruct/synthesize.ts');
+    const { pipeline, readManifest, readRecords, runPipeline } = await import('../synth/pipeline.ts');
+    const local = remote ? undefined : await resolveCheckpoint(args.provider);
+    const tokenizer = await loadTokenizer(args.tokenizer ?? local!);
+    const most = local === undefined ? 4096 : Math.min(4096, (await loadConfig(local)).context);
+    const isLines = /\.(jsonl|ndjson)$/.test(args.texts);
+    const texts = pipeline(
+      await textRecords(
+        isLines ? jsonl(args.texts, args.field === undefined ? {} : { field: args.field }) : textFiles(args.texts),
+      ),
+    );
+    await withProvider(args, async (provider) => {
+      const stages = synthesizeInstructions(
+        passage === undefined ? texts : texts.through(passageStage({ tokenizer, tokens: passage })),
+        {
+          provider,
+          tokenizer,
+          rounds,
+          context: number('context') ?? most,
+          maxTokens: number('max-tokens') ?? 400,
+          sampling: { temperature },
+        },
+      )
+        .through(renderStage())
+        .through(documentStage());
+      await follow((signal) => runPipeline(stages, { output, seed, signal }), args.json);
+    });
+    const files = new Map((await readManifest(output)).map(({ stage, file }) => [stage, join(output, file)]));
+    const report = await synthesisReport(readRecords<InstructionChain>(files.get(`round-${rounds}`)!));
+    const documents = files.get('documents')!;
+    if (args.json) {
+      process.stdout.write(`${JSON.stringify({ type: 'report', documents, ...report })}\n`);
+      return;
+    }
+    const defects = Object.entries(report.malformed).map(([kind, n]) => `${kind} ${count(n)}`);
+    process.stdout.write(
+      `pairs        ${count(report.pairs)} for ${count(report.withPairs)} of ${count(report.texts)} texts, ${count(report.tooLong)} too long\n` +
+        `no pairs     ${defects.length > 0 ? defects.join(', ') : 'none'}; ${count(report.cutOff)} answers cut off\n` +
+        `documents    ${documents}\n`,
+    );
   },
 });
 
@@ -322,7 +417,7 @@ const report = command({
   },
 });
 
-const stages: Readonly<Record<string, Command>> = { magpie, tag, dedupe, filter, judge, report };
+const stages: Readonly<Record<string, Command>> = { magpie, instruct, tag, dedupe, filter, judge, report };
 
 export const synth = command({
   meta: { name: 'synth', description: 'Data from models: Magpie, tags, repeats, filters, judges, reports.' },
