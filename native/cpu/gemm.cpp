@@ -375,12 +375,14 @@ void dots(const Product& q, Load b, const float* a, int64_t lda, int64_t i0, int
 #pragma GCC unroll 4
     for (int c = 0; c < J; ++c) acc[r][c] = Vec{};
   const int64_t stride = q.b.col_stride, from = j * stride;
+  // Fetched ahead: what follows in a long line, of short ones the lines that come next.
+  const int64_t ahead = q.k > 1024 ? 512 : J * stride;
   int64_t p = 0;
   for (; p + W <= q.k; p += W) {
     Vec y[J];
 #pragma GCC unroll 4
     for (int c = 0; c < J; ++c) {
-      b.fetch(from + c * stride + p + 512);
+      b.fetch(from + c * stride + p + ahead);
       y[c] = b(from + c * stride + p);
     }
 #pragma GCC unroll 8
@@ -524,8 +526,9 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     int64_t lda;
     const bool copy = !is_plain(a);
     const float* rows = rows_of_a(product, copy ? static_cast<float*>(threads.scratch(0, static_cast<size_t>(m * k + W) * 4, kSlotA)) : nullptr, lda);
-    // A task reads some 64 KB of B.
-    const int64_t width = ceil_div(least(n, (int64_t{1} << 14) / k + 1), 2 * NR) * 2 * NR;
+    // A task reads some 64 KB of B; dot products can be cut finer, so that few columns still share out evenly.
+    const int64_t unit = b.row_stride == 1 ? NR : 2 * NR;
+    const int64_t width = ceil_div(least(n, (int64_t{1} << 14) / k + 1), unit) * unit;
     threads.parallel(ceil_div(n, width), [&](int64_t task, int thread) {
       const int64_t j0 = task * width, j1 = least(n, j0 + width);
       few(product, rows, lda, j0, j1);
