@@ -5,6 +5,7 @@ import { writeAll, writeAtomic } from '../io/atomic.ts';
 import { toHalf } from '../io/half.ts';
 import { type OnnxGraph, writeOnnx } from '../io/onnx.ts';
 import { cast, copy } from '../ops/elementwise.ts';
+import { isAdapted } from '../ops/quant.ts';
 import { reshape, rows } from '../ops/reshape.ts';
 import { transpose } from '../ops/view.ts';
 import { ConfigError } from '../tensor/errors.ts';
@@ -40,7 +41,7 @@ const RUN = 1 << 22;
  * Writes a folder that transformers.js and ONNX Runtime load: onnx/model.onnx (f16: onnx/model_fp16.onnx), config.json,
  * generation_config.json and the tokenizer. Each file replaces an old one only when complete. Keys and values are inputs and outputs, as
  * {@link decoderGraph} tells.
- * @throws ConfigError for an architecture that has no graph here, for weights of 8 or 4 bits and for a value that f16 cannot hold;
+ * @throws ConfigError for an architecture that has no graph here, for a model with an adapter, for weights of 8 or 4 bits and for a value that f16 cannot hold;
  * FileError `ERR_WRITE`; the reason of `signal`.
  */
 export async function exportOnnx(
@@ -80,6 +81,17 @@ function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onPr
       argument: 'architecture',
       actual: 'gpt2',
     });
+  }
+  const adapted = model.parameters.linears.find(({ weight }) => isAdapted(weight));
+  if (adapted !== undefined) {
+    throw new ConfigError(
+      `exportOnnx: '${adapted.name}' has an adapter beside it, which a graph does not; call mergeAdapter() first`,
+      {
+        code: 'ERR_CONFIG',
+        op: 'exportOnnx',
+        argument: adapted.name,
+      },
+    );
   }
   const stored = new Map(model.parameters.list.map(({ name, tensor }) => [name, tensor]));
   let done = 0;
