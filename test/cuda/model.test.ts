@@ -179,14 +179,15 @@ test('the loops run unchanged: a teacher, a student, a resumed run to the same b
   expect(learned).toHaveLength(4);
   expect(learned.at(-1)).toBeLessThan(learned[0]!);
 
-  // All tokens kept: the same loss as from the teacher itself, but for the rows, which hold whole segments.
+  // Without the teacher: what it found likely, in rows of whole segments.
   const cached = {
     ...student,
     output: join(folder, 'taught'),
     teacher: { checkpoint: join(folder, 'teacher'), cache: join(folder, 'cache') },
   };
-  await cacheTeacher(cached as RunInput, { topK: 270 });
+  await cacheTeacher(cached as RunInput, { topK: 16 });
   const taught = await losses(distill(cached as RunInput));
-  expect(Math.abs(taught[0]! - learned[0]!)).toBeLessThan(0.2 * learned[0]!);
+  expect(taught[0]).toBeGreaterThan(0);
+  expect(taught[0]).toBeLessThan(1.2 * learned[0]!);
   expect(taught.at(-1)).toBeLessThan(taught[0]!);
 });
