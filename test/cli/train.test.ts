@@ -165,3 +165,28 @@ test('what cannot work is told with its code', async () => {
   const empty = await limbeck(['pretrain', teacher, '--set', 'data.text=nowhere/*.txt', '--set', 'output=none']);
   expect([empty.code, empty.err]).toEqual([1, expect.stringMatching(/^error ERR_\w+: .*nowhere/m)]);
 });
+
+test('finetune: a run file, its progress and answers', async () => {
+  const rows = Array.from({ length: 12 }, (_, i) => ({ prompt: `the Senate ${i}`, completion: 'the people' }));
+  await writeFile(join(folder, 'rows.jsonl'), [...rows, { prompt: 'x' }].map((row) => JSON.stringify(row)).join('\n'));
+  const file = join(folder, 'chat.json');
+  const run = {
+    kind: 'finetune',
+    name: 'chat',
+    output: 'chat',
+    model: 'teacher',
+    data: { train: 'rows.jsonl', validation: 0.25 },
+    template: 'chatml',
+    batch: { sequences: 2, length: 128 },
+    epochs: 1,
+    responses: { samples: 1, examples: 2, tokens: 4 },
+  };
+  await writeFile(file, JSON.stringify(run));
+  const { code, err } = await limbeck(['finetune', file]);
+  expect([code, err]).toEqual([0, expect.stringMatching(/finetune chat: [\d.]+ k parameters, \d+ steps?/)]);
+  expect(err).toMatch(/warning WARN_MALFORMED: 1 malformed .*rows\.jsonl:13: field "completion" is missing/);
+  expect(err).toMatch(/step \d+ {2}2 answers in .*responses\.jsonl/);
+  expect((await readFile(join(folder, 'chat/responses.jsonl'), 'utf8')).trim().split('\n')).toHaveLength(2);
+  const wrong = await limbeck(['finetune', file, '--set', 'mask=answers']);
+  expect([wrong.code, wrong.err]).toEqual([1, expect.stringContaining('mask is "answers"; it must be one of')]);
+});

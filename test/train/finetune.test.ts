@@ -7,7 +7,8 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { factbookProse, factbookRows } from '../../examples/factbook.ts';
 import { openSafetensors } from '../../src/io/safetensors.ts';
 import { latestCheckpoint } from '../../src/models/folder.ts';
-import { createModel, loadModel, modelConfig } from '../../src/models/model.ts';
+import { createModel, loadModel, loadWeights, modelConfig } from '../../src/models/model.ts';
+import { plan } from '../../src/plan/plan.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad } from '../../src/tensor/tape.ts';
 import { readAs } from '../../src/tensor/tensor.ts';
@@ -219,6 +220,15 @@ describe('what counts', () => {
     expect(new Set([quiet, one, later, other]).size).toBe(4);
     model.dispose();
   });
+});
+
+test('a plan knows what finetuning takes', async () => {
+  const { parameters, memory, step } = await plan(run('planned', { batch: { sequences: 2, length: 128 } }));
+  const model = await loadWeights((await latestCheckpoint(join(folder, 'base')))!);
+  expect(parameters.student).toBe(model.parameters.count);
+  expect(memory.total).toBeGreaterThan(16 * model.parameters.count);
+  expect(step.tokens).toBe(256);
+  model.dispose();
 });
 
 describe('how long', () => {
