@@ -45,7 +45,7 @@ export {
   writeOnnx,
 } from './io/onnx.ts';
 export { openSafetensors, type Safetensors, writeSafetensors } from './io/safetensors.ts';
-export { type LoadAdapterOptions, loadAdapter, saveAdapter } from './models/adapter.ts';
+export { type LoadAdapterOptions, loadAdapter, type SaveAdapterOptions, saveAdapter } from './models/adapter.ts';
 export { attend, type CacheRows, type Context, cacheRows, createCache, type KeyValueCache } from './models/cache.ts';
 export {
   type CompleteOptions,

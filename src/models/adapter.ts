@@ -15,15 +15,18 @@ import {
   rememberStart,
   setAdapter,
 } from '../nn/lora.ts';
+import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { widenBf16 } from '../tensor/half.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { readAs, type Tensor, viewOf } from '../tensor/tensor.ts';
-import type { LanguageModel } from './model.ts';
 import { floats } from './weights.ts';
 
-const files = { config: 'adapter_config.json', weights: 'adapter_model.safetensors' } as const;
+/** What makes a folder one of an adapter. */
+export const adapterConfigFile = 'adapter_config.json';
+
+const files = { config: adapterConfigFile, weights: 'adapter_model.safetensors' } as const;
 
 /** What PEFT puts before the names of a model. */
 const prefix = 'base_model.model.';
@@ -31,12 +34,27 @@ const prefix = 'base_model.model.';
 /** Keys of the file's own data: a digest of the base, and the rank of what OLoRA takes away. */
 const keys = { base: 'limbeck.base', start: 'limbeck.start_rank' } as const;
 
+/** A model as far as files of adapters need it. */
+export type Base = { readonly parameters: Parameters<SpecTree> };
+
+export interface SaveAdapterOptions {
+  /** Where the base lies, for who loads the adapter alone. Default: not told. */
+  readonly base?: string | undefined;
+  /** Texts to write beside it, by the name of the file. */
+  readonly files?: Readonly<Record<string, string>> | undefined;
+}
+
 /**
  * Writes an adapter into a folder, as PEFT does. What OLoRA takes away from the base becomes part of the adapter, whose rank doubles:
  * so every program can use it beside the weights that it was made for.
  * @param model the one that it was trained beside; its digest is noted
  */
-export async function saveAdapter(folder: string, model: LanguageModel, adapter: Adapter): Promise<void> {
+export async function saveAdapter(
+  folder: string,
+  model: Base,
+  adapter: Adapter,
+  { base, files: texts = {} }: SaveAdapterOptions = {},
+): Promise<void> {
   const { options, weights } = adapter;
   const starts = [...weights.values()].some(({ start }) => start !== undefined);
   const read = async (t: Tensor): Promise<Float32Array> => {
@@ -99,8 +117,9 @@ export async function saveAdapter(folder: string, model: LanguageModel, adapter:
     ...(starts ? { [keys.start]: String(options.rank) } : {}),
   };
   await writeSafetensors(join(folder, files.weights), tensors, metadata);
-  const text = `${JSON.stringify(toPeft(options, model, [...weights.keys()], starts), null, 2)}\n`;
-  await writeAtomic(join(folder, files.config), (file) => file.writeFile(text));
+  const text = `${JSON.stringify({ ...toPeft(options, model, [...weights.keys()], starts), base_model_name_or_path: base ?? null }, null, 2)}\n`;
+  for (const [name, content] of Object.entries({ ...texts, [files.config]: text }))
+    await writeAtomic(join(folder, name), (file) => file.writeFile(content));
 }
 
 /** Each row of x followed by that of y, of matrices of `rows` rows of one width. */
@@ -122,11 +141,10 @@ function halfOf(joined: Float32Array, rows: number, half: 0 | 1): Float32Array {
   return part;
 }
 
-function toPeft(options: Required<AdapterOptions>, model: LanguageModel, modules: readonly string[], starts: boolean): object {
+function toPeft(options: Required<AdapterOptions>, model: Base, modules: readonly string[], starts: boolean): object {
   return {
     peft_type: 'LORA',
     task_type: 'CAUSAL_LM',
-    base_model_name_or_path: null,
     r: starts ? 2 * options.rank : options.rank,
     // alpha / rank, or alpha / √rank, stays what it is.
     lora_alpha: starts ? options.alpha * (options.rankStabilized ? Math.SQRT2 : 2) : options.alpha,
@@ -145,7 +163,7 @@ function toPeft(options: Required<AdapterOptions>, model: LanguageModel, modules
 }
 
 /** The last parts of names where they mean these modules and no other, else the names. */
-function shortest(model: LanguageModel, modules: readonly string[]): string[] {
+function shortest(model: Base, modules: readonly string[]): string[] {
   const last = (module: string): string => module.slice(module.lastIndexOf('.') + 1);
   const chosen = new Set(modules);
   const ends = new Set(modules.map(last));
@@ -164,7 +182,7 @@ export type LoadAdapterOptions = Pick<AdapterOptions, 'ratio' | 'dropout' | 'see
  * @throws FormatError for files that are missing, damaged or contradict one another, and for what is not supported, by name.
  * @throws ConfigError for an adapter of another base.
  */
-export async function loadAdapter(folder: string, model: LanguageModel, options: LoadAdapterOptions = {}): Promise<Adapter> {
+export async function loadAdapter(folder: string, model: Base, options: LoadAdapterOptions = {}): Promise<Adapter> {
   const config = await readConfig(join(folder, files.config));
   const path = join(folder, files.weights);
   const stored = await openSafetensors(path);
@@ -203,7 +221,7 @@ export async function loadAdapter(folder: string, model: LanguageModel, options:
 const parts = ['lora_A.weight', 'lora_B.weight', 'lora_magnitude_vector'] as const;
 
 /** The modules of a file, in the model's order, whose tensors are all there and fit. */
-function modulesIn(path: string, stored: Safetensors, model: LanguageModel, dora: boolean, rank: number): string[] {
+function modulesIn(path: string, stored: Safetensors, model: Base, dora: boolean, rank: number): string[] {
   const found = new Map<string, Set<string>>();
   for (const name of stored.tensors.keys()) {
     const part = parts.find((end) => name.endsWith(`.${end}`));
@@ -346,7 +364,7 @@ function refuse(path: string, argument: string, actual: unknown, expected: strin
  * A digest of a base that does not depend on what its matrices are kept in: of its norms, and of 16 rows of its embedding, all rounded
  * to bf16.
  */
-async function digestOf(model: LanguageModel): Promise<string> {
+async function digestOf(model: Base): Promise<string> {
   const linear = new Set(model.parameters.linears.map(({ name }) => name));
   const hash = createHash('sha256');
   for (const { name, tensor } of model.parameters.list) {

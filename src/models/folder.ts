@@ -43,8 +43,10 @@ export async function latestCheckpoint(output: string): Promise<string | undefin
 /** The folder of a model: `path` itself when it holds one or is a GGUF file, else its newest checkpoint. @throws FormatError */
 export async function resolveCheckpoint(path: string): Promise<string> {
   if (path.endsWith('.gguf')) return path;
-  const here = await stat(join(path, 'config.json')).catch(() => undefined);
-  if (here?.isFile()) return path;
+  for (const name of ['config.json', 'adapter_config.json']) {
+    const here = await stat(join(path, name)).catch(() => undefined);
+    if (here?.isFile()) return path;
+  }
   const newest = await latestCheckpoint(path);
   if (newest !== undefined) return newest;
   throw new FormatError(

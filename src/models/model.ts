@@ -1,11 +1,13 @@
 // A language model as the loops see it, whatever its architecture, and its folder on disk in the layout of Transformers.
-import { mkdir, readFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { mkdir, readFile, stat } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
 import { writeAll, writeAtomic } from '../io/atomic.ts';
+import { mergeAdapter } from '../nn/lora.ts';
 import type { ParameterOptions, Parameters, SpecTree } from '../nn/parameters.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
+import { adapterConfigFile, loadAdapter } from './adapter.ts';
 import type { ForwardOptions, ModelInput } from './config.ts';
 import type { DecoderConfig } from './decoder.ts';
 import { type GgufModel, isGguf, openGgufModel } from './gguf.ts';
@@ -102,8 +104,10 @@ export interface LoadedModel {
 }
 
 /**
+/**
  * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors or its shards, tokenizer.json. Or a GGUF
- * file, by a path that ends in `.gguf`; its weights are unpacked.
+ * file, by a path that ends in `.gguf`; its weights are unpacked. A folder that holds an adapter alone is loaded as the base that it
+ * names with the adapter merged; beside weights of few bits, with the adapter in use.
  * @throws FormatError for a file that is damaged, of an architecture or with an option that is not known, or does not fit the config.
  */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
@@ -114,11 +118,14 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       return { model: await loadGguf(file, options), tokenizer, files: {} };
     });
   }
-  const [config, tokenizer] = await Promise.all([loadConfig(folder), loadTokenizer(folder)]);
+  const base = await adapterBase(folder);
+  const owner = base !== undefined && !isGguf(base) && !(await has(folder, 'tokenizer.json')) ? base : folder;
+  const [config, tokenizer] = await Promise.all([loadConfig(folder), loadTokenizer(owner)]);
   checkVocabulary(folder, tokenizer, config);
   const files: Record<string, string> = {};
   for (const name of keptFiles) {
-    const text = await readFile(join(folder, name), 'utf8').catch(() => undefined);
+    const read = (from: string) => readFile(join(from, name), 'utf8').catch(() => undefined);
+    const text = (await read(folder)) ?? (base === undefined ? undefined : await read(base));
     if (text !== undefined) files[name] = text;
   }
   return { model: await loadInto(folder, config, options), tokenizer, files };
@@ -141,6 +148,8 @@ function checkVocabulary(where: string, { vocabSize }: Tokenizer, config: ModelC
 /** The configuration of a model folder or GGUF file. @throws FormatError */
 export async function loadConfig(folder: string): Promise<ModelConfig> {
   if (isGguf(folder)) return withGguf(folder, async ({ config }) => config);
+  const base = await adapterBase(folder);
+  if (base !== undefined) return loadConfig(base);
   const path = join(folder, configFile);
   return configFrom(await readJson(path), path);
 }
@@ -163,8 +172,27 @@ async function withGguf<T>(path: string, use: (file: GgufModel) => Promise<T>): 
 const loadGguf = (file: GgufModel, options: LoadOptions): Promise<LanguageModel> =>
   filled(file.config, options, (parameters) => file.fill(parameters));
 
-const loadInto = (folder: string, config: ModelConfig, options: LoadOptions): Promise<LanguageModel> =>
-  filled(config, options, (parameters) => readParameters(folder, config, parameters));
+async function loadInto(folder: string, config: ModelConfig, options: LoadOptions): Promise<LanguageModel> {
+  const base = await adapterBase(folder);
+  if (base === undefined) return filled(config, options, (parameters) => readParameters(folder, config, parameters));
+  const model = await loadWeights(base, options);
+  try {
+    const adapter = await loadAdapter(folder, model);
+    if (options.weights !== undefined) {
+      const dispose = (): void => {
+        adapter.dispose();
+        model.dispose();
+      };
+      return { ...model, dispose };
+    }
+    mergeAdapter(model, adapter);
+    adapter.dispose();
+    return model;
+  } catch (error) {
+    model.dispose();
+    throw error;
+  }
+}
 
 /** A model whose parameters `fill` writes. */
 async function filled(
@@ -180,6 +208,27 @@ async function filled(
     model.dispose();
     throw error;
   }
+}
+
+const has = (folder: string, name: string): Promise<boolean> =>
+  stat(join(folder, name)).then(
+    (found) => found.isFile(),
+    () => false,
+  );
+
+/** The base of a folder that holds an adapter and no model. @throws FormatError when it names none */
+async function adapterBase(folder: string): Promise<string | undefined> {
+  if ((await has(folder, configFile)) || !(await has(folder, adapterConfigFile))) return undefined;
+  const path = join(folder, adapterConfigFile);
+  const { base_model_name_or_path: base } = (await readJson(path)) as Record<string, unknown>;
+  if (typeof base === 'string') {
+    const path = resolve(folder, base);
+    if (isGguf(path) || (await has(path, configFile))) return path;
+  }
+  throw new FormatError(
+    `${path}: base_model_name_or_path is ${JSON.stringify(base)}, expected the folder of the model that the adapter belongs to; or load that model, then loadAdapter(folder, model)`,
+    { code: 'ERR_CHECKPOINT', op: 'loadModel', argument: 'base_model_name_or_path', actual: JSON.stringify(base) },
+  );
 }
 
 async function readJson(path: string): Promise<unknown> {

@@ -162,6 +162,15 @@ export async function createAdapter(model: Adaptable, options: AdapterOptions = 
   return adapter;
 }
 
+/** @internal An adapter whose values nobody looks at, in use in a model, for rehearsals. @throws ConfigError like {@link createAdapter} */
+export function blankAdapter(model: Adaptable, options: AdapterOptions): Adapter {
+  const full = adapterOptions(options);
+  const adapter = makeAdapter(model, full, targetsOf(model.parameters.linears, full.targets).map(moduleNameOf));
+  if (full.init === 'olora') for (const lowRank of adapter.weights.values()) rememberStart(lowRank);
+  setAdapter(model, adapter);
+  return adapter;
+}
+
 const moduleNameOf = ({ name }: LinearPlace): string => moduleOf(name);
 
 /** @internal An adapter whose trained values are all zero. */
@@ -331,15 +340,20 @@ export function withAdapter<T>(model: Adaptable, adapter: Adapter | null, f: () 
  * @param pass number of the micro-batch
  */
 export function withDropout<T>(adapter: Adapter, pass: number, f: () => T): T {
-  const { dropout: rate, seed } = adapter.options;
-  if (rate === 0) return f();
-  const all = [...(adapter as LiveAdapter).weights.values()];
-  for (const [i, lowRank] of all.entries()) lowRank.dropout = { rate, seed, stream: pass * all.length + i };
+  setDropout(adapter, pass);
   try {
     return f();
   } finally {
-    for (const lowRank of all) lowRank.dropout = undefined;
+    setDropout(adapter, undefined);
   }
+}
+
+/** @internal Drops as {@link withDropout} does from now on; undefined: no more. */
+export function setDropout(adapter: Adapter, pass: number | undefined): void {
+  const { dropout: rate, seed } = adapter.options;
+  const all = [...(adapter as LiveAdapter).weights.values()];
+  for (const [i, lowRank] of all.entries())
+    lowRank.dropout = rate === 0 || pass === undefined ? undefined : { rate, seed, stream: pass * all.length + i };
 }
 
 /**

@@ -8,6 +8,7 @@ import { cacheBytesPerToken, defaultTopK, readCacheFacts } from '../distill/cach
 import { distillationLoss } from '../distill/distill.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import { createModel, loadConfig, type ModelConfig, modelConfig } from '../models/model.ts';
+import { blankAdapter } from '../nn/lora.ts';
 import { memory, type PlannedDevice, profile, rehearse, resetPeak } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer } from '../tokenizer/tokenizer.ts';
@@ -178,6 +179,8 @@ function changes(run: RunConfig, device: PlannedDevice, vocabSize: number): Chan
   }
   if (!run.recompute)
     found.push({ change: 'recompute: activations are made again in the backward pass', set: { recompute: true } });
+  if (run.kind === 'finetune' && run.adapter !== undefined && run.base !== 'q4')
+    found.push({ change: 'a base of 4 bits', set: { base: 'q4' } });
   if (run.optimizer.moments === 'f32') found.push({ change: 'moments of 8 bits', set: { 'optimizer.moments': '8bit' } });
   if (run.optimizer.master && device.kind === 'cuda')
     found.push({ change: 'no f32 originals: bf16 weights are rounded by chance', set: { 'optimizer.master': false } });
@@ -210,9 +213,14 @@ async function rehearsal(
         ? undefined
         : createModel(teacherConfig, { trainable: false, dtype, weights });
     const afterTeacher = live();
-    const student = createModel(config, { dtype, master: run.optimizer.master });
+    const beside = run.kind === 'finetune' ? run.adapter : undefined;
+    const student =
+      run.kind === 'finetune' && beside !== undefined
+        ? createModel(config, { dtype, trainable: false, weights: run.base })
+        : createModel(config, { dtype, master: run.optimizer.master });
+    const adapter = beside === undefined ? undefined : blankAdapter(student, beside);
     const afterStudent = live();
-    const optimizer = createOptimizer(student.parameters, run.optimizer);
+    const optimizer = createOptimizer((adapter ?? student).parameters, run.optimizer);
     const before = live();
     const batch = blank(run.batch.sequences, run.batch.length, topK);
     const loss = (b: Parameters<typeof textLoss>[1]) =>
@@ -239,6 +247,7 @@ async function rehearsal(
       ...times.filter(({ op }) => /^linear_(cross|distill)/.test(op)).map(({ workspace }) => workspace),
     );
     optimizer.dispose();
+    adapter?.dispose();
     student.dispose();
     teacher?.dispose();
     return {

@@ -1,9 +1,12 @@
 import { readFile } from 'node:fs/promises';
+import { resolve } from 'node:path';
 import { type Instructions, openInstructions } from '../data/instructions.ts';
 import type { Batch } from '../data/pack.ts';
 import { evaluateModel } from '../evaluate/evaluate.ts';
+import { loadAdapter, saveAdapter } from '../models/adapter.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
 import { type LanguageModel, loadModel, saveModel } from '../models/model.ts';
+import { type Adapter, createAdapter, setDropout } from '../nn/lora.ts';
 import { linearCrossEntropy } from '../ops/loss.ts';
 import { addNoise } from '../ops/random.ts';
 import { reshape } from '../ops/reshape.ts';
@@ -37,11 +40,19 @@ export async function* finetune(
   const parsed = parseRunOf('finetune', input);
   startEngine(parsed);
   const resume = await resumePoint(parsed);
-  const folder = resume ?? (await resolveCheckpoint(parsed.model));
+  // Checkpoints of an adapter hold the adapter alone.
+  const folder = resume === undefined || parsed.adapter !== undefined ? await resolveCheckpoint(parsed.model) : resume;
   let model: LanguageModel | undefined;
+  let adapter: Adapter | undefined;
   try {
-    const loaded = await loadModel(folder, { trainable: true, master: parsed.optimizer.master });
+    const loaded = await loadModel(
+      folder,
+      parsed.adapter === undefined
+        ? { trainable: true, master: parsed.optimizer.master }
+        : { trainable: false, weights: parsed.base },
+    );
     model = loaded.model;
+    adapter = await runAdapter(parsed, model, resume);
     const { tokenizer } = loaded;
     checkLength(parsed, model);
     const template = await runTemplate(parsed, folder, tokenizer);
@@ -60,11 +71,16 @@ export async function* finetune(
     });
     const run = inSteps(parsed, data.report.trainRows);
     const own = model;
+    const beside = adapter;
+    const dropping = (pass: number | undefined): void => {
+      if (beside !== undefined) setDropout(beside, pass);
+    };
     const answers = { model: own, tokenizer, template, heldOut: data.heldOut, run };
     yield* trainingLoop(
       {
         run,
         model,
+        ...(beside === undefined ? {} : { parameters: beside.parameters }),
         tokenizer,
         data,
         warnings: warningsOf(data),
@@ -75,19 +91,40 @@ export async function* finetune(
           tokenizer: tokenizer.fingerprint,
           batch: digest(run.batch),
           neftune: String(run.neftune),
+          adapter: digest([run.adapter ?? null, run.base ?? null]),
         },
-        loss: (batch, micro) => instructionLoss(own, batch, micro, run),
-        evaluate: () => evaluateModel(own, data.validation(limit(run))),
+        loss(batch, micro) {
+          dropping(micro.index);
+          return instructionLoss(own, batch, micro, run);
+        },
+        evaluate() {
+          dropping(undefined);
+          return evaluateModel(own, data.validation(limit(run)));
+        },
         samples: (step) => sampleResponses(answers, step),
-        // Transformers and others read the file of a template before what tokenizer_config.json says.
-        save: (into) => saveModel(into, own, tokenizer, { files: { ...loaded.files, 'chat_template.jinja': template.source } }),
+        async save(into) {
+          // Transformers and others read the file of a template before what tokenizer_config.json says.
+          const files = { ...loaded.files, 'chat_template.jinja': template.source };
+          if (beside === undefined) return saveModel(into, own, tokenizer, { files });
+          await saveAdapter(into, own, beside, { base: resolve(folder), files });
+          await tokenizer.save(into);
+        },
         finish: (step) => writeResponses(answers, step),
       },
       options,
     );
   } finally {
+    adapter?.dispose();
     model?.dispose();
   }
+}
+
+/** The adapter that a run trains: a new one, or that of the checkpoint it goes on from. */
+async function runAdapter(run: FinetuneConfig, model: LanguageModel, resume: string | undefined): Promise<Adapter | undefined> {
+  if (run.adapter === undefined) return undefined;
+  if (resume === undefined) return createAdapter(model, { ...run.adapter, seed: run.seed });
+  const { ratio, dropout } = run.adapter;
+  return loadAdapter(resume, model, { trainable: true, ratio, dropout, seed: run.seed });
 }
 
 /** The chat template that a run names. */

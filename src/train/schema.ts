@@ -360,11 +360,39 @@ function makeSchemas() {
     })
     .refine(oneLength, howLong);
 
+  const adapterSchema = z.strictObject({
+    kind: z.enum(['lora', 'dora']).default('lora').describe('"dora" trains lengths apart from directions. Default "lora".'),
+    rank: count().default(8).describe('Rows of A and columns of B. Default 8.'),
+    alpha: positive().default(16).describe('The change is alpha / rank times B A. Default 16.'),
+    rankStabilized: z.boolean().default(false).describe('alpha / √rank instead (rsLoRA). Default false.'),
+    targets: z
+      .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
+      .default('all-linear')
+      .describe('Which matrices: ends of names ("q_proj"), patterns with * ("*.mlp.*"), or "all-linear". Default "all-linear".'),
+    ratio: positive().default(1).describe('Learning rate of B beside that of A (LoRA+). Default 1.'),
+    init: z
+      .enum(['zero', 'olora'])
+      .default('zero')
+      .describe('Initial values; "olora" takes them from the weights. Default "zero".'),
+    dropout: z.number().min(0).lt(1).default(0).describe('Share of what A reads that is dropped in training. Default 0.'),
+  });
+
   const finetuneSchema = z
     .strictObject({
       kind: z.literal('finetune').describe('Which loop: "finetune" trains a model on conversations.'),
       ...shared,
       model: z.string().min(1).describe('Model to begin with: a folder, or the output folder of a run.'),
+      adapter: adapterSchema
+        .optional()
+        .describe(
+          'Trains an adapter of low rank beside the model, which stays as it is; checkpoints hold the adapter. Default: the model.',
+        ),
+      base: z
+        .enum(['fp8', 'q8', 'q4'])
+        .optional()
+        .describe(
+          'Beside an adapter: what the model is kept in, 8, 8.5 or 4.25 bits a number of its matrices. Default: as it is computed.',
+        ),
       template: z
         .string()
         .min(1)
@@ -412,6 +440,10 @@ function makeSchemas() {
     .refine((run) => [run.steps, run.tokens, run.epochs].filter((length) => length !== undefined).length === 1, {
       path: ['epochs'],
       error: 'give exactly one of epochs, steps and tokens: how long to train',
+    })
+    .refine((run) => run.base === undefined || run.adapter !== undefined, {
+      path: ['base'],
+      error: 'must be left out without an adapter: weights of few bits cannot be trained',
     });
 
   return {

@@ -1,5 +1,5 @@
 // The plan against what runs really take, and what it says of runs that no machine here could hold.
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
@@ -12,6 +12,7 @@ import { currentDevice, init, memory, shutdown } from '../../src/tensor/engine.t
 import { ConfigError, OutOfMemoryError } from '../../src/tensor/errors.ts';
 import { parseRun, type RunInput } from '../../src/train/config.ts';
 import type { TrainEvent } from '../../src/train/events.ts';
+import { finetune } from '../../src/train/finetune.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
 import { writeCorpus } from '../corpus.ts';
 
@@ -58,6 +59,38 @@ test.each([
   expect(planned.memory.total / peak).toBeLessThan(1.1);
   expect(planned.fits).toBe(true);
   expect(planned.advice).toEqual([]);
+});
+
+test.each([
+  ['f32', {}],
+  ['q4', { base: 'q4' }],
+])('finetuning an adapter on a base of %s takes what its plan says, and less than the model', async (name, changes) => {
+  const output = join(folder, `base-${name}`);
+  for await (const _ of pretrain(teacherRun({ output, steps: 1 }))) {
+    // only its checkpoint is needed
+  }
+  const rows = Array.from({ length: 40 }, (_, i) => ({ instruction: `What is ${i}?`, output: 'a number '.repeat(12) }));
+  await writeFile(join(folder, 'rows.json'), JSON.stringify(rows));
+  const run = {
+    kind: 'finetune',
+    output: join(folder, `adapter-${name}`),
+    model: output,
+    data: { train: join(folder, 'rows.json') },
+    template: 'plain',
+    adapter: { rank: 4 },
+    batch: { sequences: 2, length: 128 },
+    steps: 4,
+    evaluate: { every: 100, batches: 1, first: false },
+    responses: { samples: 0, examples: 0 },
+    log: { tensorboard: false, report: false },
+    ...changes,
+  } as RunInput;
+  const [planned, whole] = [await plan(run), await plan({ ...run, adapter: undefined, base: undefined } as RunInput)];
+  const peak = await peakOf(finetune(run));
+  expect(planned.memory.total / peak).toBeGreaterThan(0.9);
+  expect(planned.memory.total / peak).toBeLessThan(1.1);
+  expect(planned.memory.optimizer).toBeLessThan(whole.memory.optimizer / 4);
+  if (name === 'q4') expect(planned.memory.student).toBeLessThan(0.8 * whole.memory.student);
 });
 
 test('a distillation takes what its plan says, part by part', async () => {

@@ -154,6 +154,49 @@ describe('finetuning', () => {
   });
 });
 
+describe('with an adapter', () => {
+  const adapter = { rank: 4, alpha: 8, dropout: 0.1, ratio: 4 };
+  const settings = { adapter, evaluate: { every: 6 }, responses: { samples: 0, examples: 0 } };
+  const bytes = async (output: string): Promise<Buffer> =>
+    readFile(join((await latestCheckpoint(join(folder, output)))!, 'adapter_model.safetensors'));
+
+  test.each([{}, { base: 'q8' }, { adapter: { ...adapter, kind: 'dora' }, base: 'q4', recompute: true }])(
+    'learns beside a frozen base: %j',
+    async (changes) => {
+      const events = await collect(finetune(run(`adapter-${Object.values(changes).length}`, { ...settings, ...changes })));
+      expect(of(events, 'start')[0]!.parameters).toBeLessThan(20_000);
+      expect(scores(events).at(-1)).toBeLessThan(scores(events)[0]! - 0.05);
+    },
+  );
+
+  test('stopped and gone on: the same bits', async () => {
+    const all = { ...settings, adapter: { ...adapter, init: 'olora' } };
+    const controller = new AbortController();
+    const one = await collect(finetune(run('adapter-whole', all)));
+    const before: TrainEvent[] = [];
+    for await (const event of finetune(run('adapter-parts', all), { signal: controller.signal })) {
+      before.push(event);
+      if (event.type === 'step' && event.step === 5) controller.abort();
+    }
+    const after = await collect(finetune(run('adapter-parts', all)));
+    expect([...losses(before), ...losses(after)]).toEqual(losses(one));
+    expect((await bytes('adapter-parts')).equals(await bytes('adapter-whole'))).toBe(true);
+    const other = run('adapter-whole', { ...all, adapter: { ...adapter, rank: 2 }, steps: 20 });
+    await expect(collect(finetune(other))).rejects.toMatchObject({ code: 'ERR_RESUME' });
+
+    // Its checkpoint is a model for whoever loads it: the base that it names, with the adapter.
+    const { model, tokenizer } = await loadModel((await latestCheckpoint(join(folder, 'adapter-whole')))!);
+    expect(tokenizer.vocabSize).toBe(600);
+    model.dispose();
+    const again = await collect(finetune(run('adapter-again', { ...settings, model: join(folder, 'adapter-whole'), steps: 1 })));
+    expect(scores(again)[0]).toBeCloseTo(scores(one).at(-1)!, 3);
+  });
+
+  test('a base of few bits without one is refused', () => {
+    expect(() => parseRun(run('refused', { base: 'q4' }))).toThrow(/without an adapter/);
+  });
+});
+
 describe('what counts', () => {
   test('the prompt is learned when the mask says so, and then the answers less', async () => {
     const answersOnly = await collect(finetune(run('answers', { steps: 20 })));
