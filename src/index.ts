@@ -90,19 +90,24 @@ export {
   type TokenRequest,
 } from './models/generate.ts';
 export { type ExportGgufOptions, exportGguf, type GgufModel, type GgufType, ggufTypes, openGgufModel } from './models/gguf.ts';
+export { type Gpt2Config, type Gpt2Parameters, gpt2Hidden, gpt2Spec } from './models/gpt2.ts';
 export {
   createModel,
   type LanguageModel,
   type LoadedModel,
+  type LoadOptions,
   loadConfig,
   loadModel,
   loadWeights,
+  type ModelChanges,
   type ModelConfig,
   modelConfig,
+  type SaveOptions,
   saveModel,
 } from './models/model.ts';
 export { exportOnnx, type OnnxExportOptions } from './models/onnx.ts';
 export { type Preset, presets } from './models/presets.ts';
+export { architectureNames, modelSpec } from './models/registry.ts';
 export type { SamplingOptions } from './models/sampling.ts';
 export { type ScoreRequest, scoreTokens } from './models/score.ts';
 export {

@@ -3,6 +3,7 @@
 import { type FileHandle, open } from 'node:fs/promises';
 import { DTypeError, FileError, FormatError, LimbeckError, ShapeError } from '../tensor/errors.ts';
 import { readAll, writeAll, writeAtomic } from './atomic.ts';
+import { halfValues } from './half.ts';
 
 // In the order of the reference implementation: by alignment. A file holds its tensors in the reverse of it.
 const types = {
@@ -394,21 +395,10 @@ async function readElements(
   }
 }
 
-let halves: Float32Array | undefined;
-
-/** The float32 values of float16 bits, by a table of all 65,536. */
+/** The float32 values of float16 bits. */
 function widen(data: Uint16Array): Float32Array {
-  halves ??= Float32Array.from({ length: 1 << 16 }, (_, bits) => {
-    const sign = bits >> 15 ? -1 : 1;
-    const exponent = (bits >> 10) & 31;
-    const fraction = bits & 1023;
-    if (exponent === 31) return fraction ? Number.NaN : sign * Number.POSITIVE_INFINITY;
-    return sign * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
-  });
-  const table = halves;
-  const wide = new Float32Array(data.length);
-  for (let i = 0; i < data.length; i++) wide[i] = table[data[i]!]!;
-  return wide;
+  const values = halfValues();
+  return Float32Array.from(data, (bits) => values[bits]!);
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

@@ -132,7 +132,7 @@ export function readDecoder(architecture: Architecture, f: Fields): DecoderConfi
   f.only('mlp_bias', false);
   f.only('use_bidirectional_attention', false);
   if (family.biases === 'none') f.only('attention_bias', false);
-  const layers = f.number('num_hidden_layers');
+  const layers = f.layers('num_hidden_layers');
   const heads = f.number('num_attention_heads');
   const width = f.number('hidden_size');
   const headSize = f.number('head_dim', family.headSize ?? width / heads);
@@ -215,9 +215,9 @@ function scalingOf(f: Fields | undefined, context: unknown): RopeScaling | null 
   const name = f.values.rope_type === undefined ? 'type' : 'rope_type';
   const type = f.values[name] ?? 'default';
   if (type === 'default') return null;
+  if (type !== 'linear' && type !== 'llama3') return f.refuse(name, '"default", "linear" or "llama3"');
   const factor = f.number('factor');
   if (type === 'linear') return { kind: 'linear', factor };
-  if (type !== 'llama3') return f.refuse(name, '"default", "linear" or "llama3"');
   return {
     kind: 'llama3',
     factor,

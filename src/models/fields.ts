@@ -7,6 +7,8 @@ export interface Fields {
   readonly values: Readonly<Record<string, unknown>>;
   /** A number; the fallback where it is absent or null. */
   number(field: string, fallback?: number): number;
+  /** How many layers: a whole number that no file can make absurd. */
+  layers(field: string, fallback?: number): number;
   /** A number, or null where the file says null; the fallback where it is absent. */
   optional(field: string, fallback?: number | null): number | null;
   flag(field: string, fallback: boolean): boolean;
@@ -39,6 +41,12 @@ export function fieldsOf(json: unknown, where: string, path = ''): Fields {
     where,
     values,
     number,
+    layers(field, fallback) {
+      const value = number(field, fallback);
+      return Number.isInteger(value) && value >= 1 && value <= 10_000
+        ? value
+        : refuse(field, 'a whole number from 1 to 10,000', value);
+    },
     optional(field, fallback = null) {
       if (values[field] === null) return null;
       return values[field] === undefined && fallback === null ? null : number(field, fallback ?? undefined);

@@ -110,7 +110,7 @@ export function readGpt2(f: Fields): Gpt2Config {
     architecture: 'gpt2',
     vocabSize: f.number('vocab_size', 50_257),
     width,
-    layers: f.number('n_layer', 12),
+    layers: f.layers('n_layer', 12),
     heads,
     kvHeads: heads,
     headSize: width / heads,

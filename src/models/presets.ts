@@ -1,6 +1,5 @@
 // Configurations by name.
-import type { DecoderConfig } from './decoder.ts';
-import type { Gpt2Config } from './gpt2.ts';
+import type { ModelConfig } from './registry.ts';
 
 /** What all Gemma 2 models have in common (arXiv:2408.00118). */
 const gemma2 = {
@@ -24,7 +23,34 @@ const gemma2 = {
   context: 8192,
 } as const;
 
-/** What all GPT-2 models have in common. */
+/** What most architectures have in common. */
+const llama = {
+  architecture: 'llama',
+  window: null,
+  layerPattern: ['global'],
+  activation: 'silu',
+  normOffset: 0,
+  postNorms: false,
+  queryKeyNorm: false,
+  scaledEmbedding: false,
+  tied: false,
+  bias: { qkv: false, output: false },
+  attentionCap: null,
+  finalCap: null,
+  ropeBase: 10_000,
+  localRopeBase: null,
+  ropeScaling: null,
+  rotary: [true],
+  normEps: 1e-5,
+  initStd: 0.02,
+} as const;
+
+const llama3Scaling = (factor: number) => ({ kind: 'llama3', factor, lowFrequency: 1, highFrequency: 4, context: 8192 }) as const;
+
+const llama3 = { ...llama, vocabSize: 128_256, ropeBase: 500_000, context: 131_072 } as const;
+
+const qwen = { ...llama, vocabSize: 151_936, ropeBase: 1_000_000, normEps: 1e-6, tied: true } as const;
+
 const gpt2 = {
   architecture: 'gpt2',
   vocabSize: 50_257,
@@ -131,9 +157,137 @@ export const presets = {
     queryScalar: 64,
     context: 2048,
   },
-  /** GPT-2 as published: 124 M parameters. */
+  'gemma-2b': {
+    ...gemma2,
+    architecture: 'gemma',
+    postNorms: false,
+    layerPattern: ['global'],
+    window: null,
+    attentionCap: null,
+    finalCap: null,
+    vocabSize: 256_000,
+    width: 2048,
+    layers: 18,
+    heads: 8,
+    kvHeads: 1,
+    headSize: 256,
+    hidden: 16_384,
+    queryScalar: 256,
+  },
+  'gemma3-1b': {
+    ...gemma2,
+    architecture: 'gemma3_text',
+    queryKeyNorm: true,
+    layerPattern: ['local', 'local', 'local', 'local', 'local', 'global'],
+    attentionCap: null,
+    finalCap: null,
+    ropeBase: 1_000_000,
+    localRopeBase: 10_000,
+    vocabSize: 262_144,
+    width: 1152,
+    layers: 26,
+    heads: 4,
+    kvHeads: 1,
+    headSize: 256,
+    hidden: 6912,
+    window: 512,
+    queryScalar: 256,
+    context: 32_768,
+  },
+  'llama3.2-1b': {
+    ...llama3,
+    width: 2048,
+    layers: 16,
+    heads: 32,
+    kvHeads: 8,
+    headSize: 64,
+    hidden: 8192,
+    queryScalar: 64,
+    tied: true,
+    ropeScaling: llama3Scaling(32),
+  },
+  'llama3.1-8b': {
+    ...llama3,
+    width: 4096,
+    layers: 32,
+    heads: 32,
+    kvHeads: 8,
+    headSize: 128,
+    hidden: 14_336,
+    queryScalar: 128,
+    ropeScaling: llama3Scaling(8),
+  },
+  'smollm2-135m': {
+    ...llama,
+    vocabSize: 49_152,
+    width: 576,
+    layers: 30,
+    heads: 9,
+    kvHeads: 3,
+    headSize: 64,
+    hidden: 1536,
+    queryScalar: 64,
+    tied: true,
+    ropeBase: 100_000,
+    context: 8192,
+  },
+  'mistral-7b': {
+    ...llama,
+    architecture: 'mistral',
+    layerPattern: ['local'],
+    window: 4096,
+    vocabSize: 32_000,
+    width: 4096,
+    layers: 32,
+    heads: 32,
+    kvHeads: 8,
+    headSize: 128,
+    hidden: 14_336,
+    queryScalar: 128,
+    context: 32_768,
+  },
+  'qwen2.5-0.5b': {
+    ...qwen,
+    architecture: 'qwen2',
+    bias: { qkv: true, output: false },
+    width: 896,
+    layers: 24,
+    heads: 14,
+    kvHeads: 2,
+    headSize: 64,
+    hidden: 4864,
+    queryScalar: 64,
+    context: 32_768,
+  },
+  'qwen3-0.6b': {
+    ...qwen,
+    architecture: 'qwen3',
+    queryKeyNorm: true,
+    width: 1024,
+    layers: 28,
+    heads: 16,
+    kvHeads: 8,
+    headSize: 128,
+    hidden: 3072,
+    queryScalar: 128,
+    context: 40_960,
+  },
+  'phi3-mini': {
+    ...llama,
+    architecture: 'phi3',
+    layerPattern: ['local'],
+    window: 2047,
+    vocabSize: 32_064,
+    width: 3072,
+    layers: 32,
+    heads: 32,
+    kvHeads: 32,
+    headSize: 96,
+    hidden: 8192,
+    queryScalar: 96,
+    context: 4096,
+  },
   gpt2: { ...gpt2, width: 768, layers: 12, heads: 12, kvHeads: 12, headSize: 64, hidden: 3072 },
-  /** 355 M parameters. */
   'gpt2-medium': { ...gpt2, width: 1024, layers: 24, heads: 16, kvHeads: 16, headSize: 64, hidden: 4096 },
   /** 0.2 M parameters without the embeddings: for tests and first tries. */
   'gpt2-nano': {
@@ -159,6 +313,20 @@ export const presets = {
     hidden: 512,
     context: 512,
   },
-} as const satisfies Record<string, DecoderConfig | Gpt2Config>;
+  /** 0.2 M parameters without the embedding: for tests and first tries. */
+  'llama-nano': {
+    ...llama,
+    vocabSize: 4096,
+    width: 96,
+    layers: 2,
+    heads: 3,
+    kvHeads: 1,
+    headSize: 32,
+    hidden: 256,
+    queryScalar: 32,
+    tied: true,
+    context: 512,
+  },
+} as const satisfies Record<string, ModelConfig>;
 
 export type Preset = keyof typeof presets;

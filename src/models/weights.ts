@@ -4,6 +4,8 @@ import type { SafetensorsArray, SafetensorsInput } from '../io/safetensors.ts';
 import { openWeights, type Weights, writeWeights } from '../io/sharded.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
+import type { DType } from '../tensor/dtype.ts';
+import { sync } from '../tensor/engine.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { widenBf16, widenHalf } from '../tensor/half.ts';
 import { keep } from '../tensor/scope.ts';
@@ -38,6 +40,8 @@ export async function readParameters(folder: string, config: ModelConfig, parame
     const wanted = partsOf(parameters, layout);
     const nameIn = storedNames(stored, layout);
     checkFit(folder, stored, layout, wanted, nameIn);
+    // While the stream has nothing to do, the CPU's writes go straight into place.
+    await sync();
     for (const [tensor, parts] of wanted) {
       for (const part of parts) await readPart(stored, nameIn(tensor), part, parameters);
     }
@@ -99,15 +103,16 @@ async function readPart(stored: Weights, tensor: string, part: Part, parameters:
   if (!transposed) {
     const row = shape.slice(1).reduce((a, b) => a * b, 1);
     const range = { from: from * row, to: (from + rows) * row };
-    await stored.each(tensor, (run, at) => parameters.write(name, at, floats(run, dtype, what)), range);
+    const kept = parameters.values.dtype;
+    await stored.each(tensor, (run, at) => parameters.write(name, at, floats(run, dtype, what, kept)), range);
+    await sync(); // where writes wait in the stream, no more than a tensor's
     return;
   }
   // [K ... N ...] in the file to [N K]: element by element, since a run may end within a row.
   const [k = 0, width = 0] = shape;
   const turned = new Float32Array(rows * k);
   await stored.each(tensor, (run, at) => {
-    const values = floats(run, dtype, what);
-    const wide = values instanceof Uint16Array ? widenBf16(values) : values;
+    const wide = floats(run, dtype, what, 'f32');
     for (let i = 0; i < wide.length; ) {
       const [row, col] = [Math.floor((at + i) / width), (at + i) % width];
       const end = Math.min(wide.length, i + width - col);
@@ -153,13 +158,24 @@ async function checkTied(stored: Weights, embedding: string): Promise<void> {
   }
 }
 
-/** @internal What a file holds: values, or in a Uint16Array the bits of bf16. */
-export function floats(data: SafetensorsArray, dtype: string, what: string): Float32Array | Uint16Array {
+/**
+ * @internal What a file holds: values, or bits of bf16 where they are kept as bf16. They are overwritten by the next call's.
+ */
+export function floats(data: SafetensorsArray, dtype: string, what: string, kept: 'f32'): Float32Array;
+export function floats(data: SafetensorsArray, dtype: string, what: string, kept?: DType): Float32Array | Uint16Array;
+export function floats(data: SafetensorsArray, dtype: string, what: string, kept: DType = 'bf16'): Float32Array | Uint16Array {
   if (data instanceof Float32Array) return data;
-  if (data instanceof Uint16Array && dtype === 'BF16') return data;
-  if (data instanceof Uint16Array && dtype === 'F16') return widenHalf(data);
+  if (data instanceof Uint16Array && dtype === 'BF16') return kept === 'bf16' ? data : widenBf16(data, room(data.length));
+  if (data instanceof Uint16Array && dtype === 'F16') return widenHalf(data, room(data.length));
   if (data instanceof Float64Array) return Float32Array.from(data);
   throw refuse(`${what} is ${dtype}; weights are F32, F16, BF16 or F64`, 'dtype', 'F32, F16, BF16 or F64', dtype);
+}
+
+let wide = new Float32Array(0);
+
+function room(length: number): Float32Array {
+  if (wide.length < length) wide = new Float32Array(length);
+  return wide.subarray(0, length);
 }
 
 export type SavedType = 'f32' | 'bf16';

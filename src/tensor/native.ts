@@ -59,6 +59,8 @@ export interface NativeAddon {
   drop(device: number, graph: number): void;
   /** float16 bits to float32 values. */
   widenHalf(bits: Uint16Array, into: Float32Array): void;
+  /** bfloat16 bits to float32 values. */
+  widenBf16(bits: Uint16Array, into: Float32Array): void;
   /** What a backend library says of this machine, as JSON. */
   probe(library: string): string;
   /** `isa` and `threads` are those of the running engine, or those it would start with. */

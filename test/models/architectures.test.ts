@@ -5,7 +5,10 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { openSafetensors } from '../../src/io/safetensors.ts';
 import { cacheRows, createCache } from '../../src/models/cache.ts';
 import type { ModelInput } from '../../src/models/config.ts';
-import { type LanguageModel, loadWeights, saveModel } from '../../src/models/model.ts';
+import { type LanguageModel, loadWeights, modelConfig, saveModel } from '../../src/models/model.ts';
+import { type Preset, presets } from '../../src/models/presets.ts';
+import { modelSpec } from '../../src/models/registry.ts';
+import { countParameters } from '../../src/nn/parameters.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { linearCrossEntropy } from '../../src/ops/loss.ts';
@@ -195,4 +198,24 @@ describe.each(names)('%s, trained', (name) => {
     }
     model.dispose();
   });
+});
+
+test.each([
+  ['gemma-2b', 2_506_172_416],
+  ['gemma3-1b', 999_885_952],
+  ['llama3.2-1b', 1_235_814_400],
+  ['llama3.1-8b', 8_030_261_248],
+  ['smollm2-135m', 134_515_008],
+  ['mistral-7b', 7_241_732_096],
+  ['qwen2.5-0.5b', 494_032_768],
+  ['qwen3-0.6b', 596_049_920],
+  ['phi3-mini', 3_821_079_552],
+  ['gpt2', 124_439_808],
+  ['gpt2-medium', 354_823_168],
+] as const)('%s has the %d parameters of the published model', (preset, parameters) => {
+  expect(countParameters(modelSpec(modelConfig(preset)))).toBe(parameters);
+});
+
+test('every preset is one that its files can express', () => {
+  for (const preset of Object.keys(presets)) expect(modelConfig(preset)).toEqual(presets[preset as Preset]);
 });

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { rope, ropeTable } from '../../src/ops/rotary.ts';
+import { type RopeScaling, rope, ropeFrequencies, ropeTable } from '../../src/ops/rotary.ts';
 import { ShapeError } from '../../src/tensor/errors.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { tensor, zeros } from '../../src/tensor/tensor.ts';
@@ -51,6 +51,40 @@ checkOp({
   tolerance: 6e-8, // float32's own
 });
 
+// Written as Transformers' sources have it, by wavelengths; pairs of all three kinds occur.
+const scaled64 = (positions: Array64, d: number, base: number, scaling: RopeScaling): Array64 => {
+  const frequency = (i: number): number => {
+    const f = base ** ((-2 * i) / d);
+    if (scaling.kind === 'linear') return f / scaling.factor;
+    const { factor, lowFrequency: low, highFrequency: high, context } = scaling;
+    const wavelength = (2 * Math.PI) / f;
+    if (wavelength < context / high) return f;
+    if (wavelength > context / low) return f / factor;
+    const smooth = (context / wavelength - low) / (high - low);
+    return ((1 - smooth) * f) / factor + smooth * f;
+  };
+  const angles = Array.from(positions.data).flatMap((p) => {
+    const row = Array.from({ length: d / 2 }, (_, i) => p * frequency(i));
+    return [...row.map(Math.cos), ...row.map(Math.sin)];
+  });
+  return array([...positions.shape, d], angles);
+};
+
+const scalings: RopeScaling[] = [
+  { kind: 'linear', factor: 8 },
+  { kind: 'llama3', factor: 8, lowFrequency: 1, highFrequency: 4, context: 64 },
+];
+for (const scaling of scalings) {
+  checkOp({
+    name: `rope_table, ${scaling.kind}`,
+    run: (positions) => ropeTable(positions!, { headSize: 18, base: 1000, scaling }),
+    reference: (positions) => scaled64(positions!, 18, 1000, scaling),
+    cases: [[0], [1], [2, 3], [3, 67]].map((shape) => [{ shape, dtype: 'i32', below: 100_000 }]),
+    gradient: false,
+    tolerance: 6e-8,
+  });
+}
+
 checkOp({
   name: 'rope',
   run: (x, positions) => rope(x!, ropeTable(positions!, { headSize: x!.shape[3]! })),
@@ -70,6 +104,16 @@ test('position 0 turns nothing; scores depend on distance only', async () => {
   expect(zero).toEqual(x);
   const dot = (a: Float32Array, b: Float32Array): number => a.reduce((s, v, i) => s + v * b[i]!, 0);
   expect(dot(p3!, p10!)).toBeCloseTo(dot(p103!, p110!), 4);
+});
+
+test.each([null, ...scalings])('the frequencies for other programs are those of the table: %j', async (scaling) => {
+  const table = scope(() => ropeTable(tensor(Int32Array.of(1)), { headSize: 18, base: 1000, scaling }));
+  const data = (await table.read()) as Float32Array;
+  ropeFrequencies({ headSize: 18, base: 1000, scaling }).forEach((f, i) => {
+    expect(data[i]).toBeCloseTo(Math.cos(f), 6);
+    expect(data[9 + i]).toBeCloseTo(Math.sin(f), 6);
+  });
+  table.dispose();
 });
 
 test('an odd head size is refused', async () => {
