@@ -1,5 +1,5 @@
 // Chapter 7 of "Build a Large Language Model (From Scratch)" at a size that trains in minutes: a small model reads about the countries of the
-// world, then learns to answer questions about them, once from the answers alone and once from the whole text.
+// world, then learns to answer questions about them: from the answers alone, from the whole text, and with an adapter of low rank.
 //
 //   npx jiti examples/finetune.ts [folder] [steps of pretraining] [epochs of finetuning]
 
@@ -34,18 +34,25 @@ for await (const event of record(parseRun(base), pretrain(base))) {
   if (event.type === 'evaluate') console.log(`  validation loss ${event.loss.toFixed(3)}`);
 }
 
-for (const mask of ['completion', 'all'] as const) {
+const lora = { rank: 16, alpha: 16 };
+const ways = [
+  { name: 'answers only', mask: 'completion', learningRate: 1e-3 },
+  { name: 'whole text', mask: 'all', learningRate: 1e-3 },
+  { name: 'LoRA', mask: 'completion', learningRate: 3e-3, adapter: lora },
+] as const;
+for (const { name, mask, learningRate, ...adapter } of ways) {
   const run = defineRun({
     kind: 'finetune',
-    name: mask === 'all' ? 'whole text' : 'answers only',
-    output: `${folder}/${mask}`,
+    name,
+    output: `${folder}/${name.replaceAll(' ', '-')}`,
     model: `${folder}/base`,
     data: { train: `${folder}/instructions.json`, validation: 0.1 },
     template: 'alpaca',
     mask,
     batch: { sequences: 4, length: 256 },
     epochs: Number(epochs),
-    optimizer: { learningRate: 1e-3 },
+    optimizer: { learningRate },
+    ...adapter,
     responses: { samples: 0, examples: 5, tokens: 32 },
   });
   console.log(`learning to answer: ${run.name}`);
