@@ -112,8 +112,7 @@ async function main(): Promise<void> {
       });
     }
   } finally {
-    if (process.env.KEEP) console.log(folder);
-    else await rm(folder, { recursive: true });
+    await rm(folder, { recursive: true });
   }
   if (!values.dry) appendResults(results);
 }
