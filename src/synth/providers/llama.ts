@@ -59,7 +59,7 @@ export interface LlamaOptions {
   readonly sequences?: number;
   /** Tokens of context of each. Default 2048. */
   readonly context?: number;
-  /** Options of `getLlama`, such as `{ gpu: false }`. */
+  /** Options of `getLlama`, such as `{ gpu: false }`; `{ maxThreads: 1 }` where cores are shared, since its threads wait by spinning. */
   readonly llama?: Readonly<Record<string, unknown>>;
   /** The package, where the caller has it. Default: `import('node-llama-cpp')`. */
   readonly module?: LlamaModule;
