@@ -169,6 +169,30 @@ export function checkAbilities(name: string, can: Abilities, sampling: Sampling)
   }
 }
 
+/**
+ * A conversation as a call of `complete`, for backends without a template of their own: it stops at the text that ends a turn, and
+ * at its token, since a special token has no text. `endId` is that token, where the text is one.
+ */
+export function chatCall(
+  template: ChatTemplate,
+  messages: readonly ChatMessage[],
+  call: CompletionOptions,
+  endId: (text: string) => number | undefined,
+): { prompt: string; call: CompletionOptions } {
+  const { turnEnd } = template;
+  const prompt = template.render([...messages], { addGenerationPrompt: true });
+  if (turnEnd === '') return { prompt, call };
+  const id = endId(turnEnd);
+  return {
+    prompt,
+    call: {
+      ...call,
+      stop: [...(call.stop ?? []), turnEnd],
+      ...(id === undefined ? {} : { stopIds: [...(call.stopIds ?? []), id] }),
+    },
+  };
+}
+
 /** At most `count` of the calls run at once; the others wait in the order in which they came. */
 export function limiter(count: number): <T>(run: () => Promise<T>) => Promise<T> {
   let free = count;

@@ -4,7 +4,7 @@
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
 import { count, significant } from '../train/format.ts';
-import { style } from '../train/page.ts';
+import { encode, pageHtml, style } from '../train/page.ts';
 import { readManifest, readRecords, type StageSummary } from './pipeline.ts';
 import { type InstructionRecord, instructionOf } from './record.ts';
 import { type Histogram, type Spread, type Survey, surveyor } from './survey.ts';
@@ -54,26 +54,12 @@ export async function renderDatasetReport(survey: Survey, options: DatasetReport
     await stageSection(options),
     sampleSection(survey.samples),
   ];
-  return `<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>${encode(title)}</title>
-<style>${style}${barStyle}</style>
-</head>
-<body>
-<header>
-<h1>${encode(title)}</h1>
-<p class="meta">${new Date(options.time ?? Date.now()).toISOString().slice(0, 16).replace('T', ' ')} UTC</p>
-</header>
-<main>
-${sections.filter((section) => section !== '').join('\n')}
-</main>
-</body>
-</html>
-`;
+  return pageHtml({
+    title,
+    style: style + barStyle,
+    time: options.time,
+    main: sections.filter((section) => section !== '').join('\n'),
+  });
 }
 
 const barStyle = `
@@ -195,8 +181,4 @@ function sampleSection(samples: readonly InstructionRecord[]): string {
     return `<article><h3>${encode(id)}<span class="step">${encode(marks.join(' · '))}</span></h3>${turns.join('')}</article>`;
   });
   return `<section><h2>Samples</h2><div class="cards">${cards.join('')}</div></section>`;
-}
-
-function encode(text: string): string {
-  return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;').replaceAll('"', '&quot;');
 }

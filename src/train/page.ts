@@ -1,4 +1,50 @@
-// Style and script of report.html. The script draws with uPlot, which the page carries, and asks nothing of any server.
+// What the reports have in common: the frame of the page, its style, and a script for curves. The script draws with uPlot, which the page carries, and asks nothing of any server.
+
+/** A page that asks nothing of any server. */
+export interface Page {
+  readonly title: string;
+  /** Inline CSS. */
+  readonly style: string;
+  /** Milliseconds since 1970; default now. */
+  readonly time?: number | undefined;
+  /** A sentence below the title, or nothing. */
+  readonly summary?: string | undefined;
+  /** HTML of the sections. */
+  readonly main: string;
+  /** HTML behind them. */
+  readonly scripts?: string;
+}
+
+/** The HTML of a page. */
+export function pageHtml({ title, style, time = Date.now(), summary, main, scripts = '' }: Page): string {
+  return `<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>${encode(title)}</title>
+<style>${style}</style>
+</head>
+<body>
+<header>
+<h1>${encode(title)}</h1>
+<p class="meta">${new Date(time).toISOString().slice(0, 16).replace('T', ' ')} UTC</p>
+${summary ? `<p class="summary">${encode(summary)}</p>` : ''}
+</header>
+<main>
+${main}
+</main>
+${scripts}
+</body>
+</html>
+`;
+}
+
+/** Text as HTML. */
+export function encode(text: string): string {
+  return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;').replaceAll('"', '&quot;');
+}
 
 /** Inline CSS of the report. */
 export const style = `

@@ -11,7 +11,7 @@ import type { RunConfig } from './config.ts';
 import type { Evaluation, SampleEvent, StartEvent, StepEvent, TrainEvent } from './events.ts';
 import { bytes, count, duration, significant } from './format.ts';
 import { metricsFile, type RecordedEvent, readMetrics } from './metrics.ts';
-import { script, style } from './page.ts';
+import { encode, pageHtml, script, style } from './page.ts';
 
 /** A run as a report shows it. */
 export interface ReportRun {
@@ -86,35 +86,21 @@ export async function renderReport(runs: readonly ReportRun[], options: ReportOp
   const data = { runs: named.map((run) => ({ name: run.name, ...curves(run.events) })) };
   const plot = await asset('uPlot.iife.min.js');
   const plotStyle = await asset('uPlot.min.css');
-  return `<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>${encode(title)}</title>
-<style>${plotStyle}${style}</style>
-</head>
-<body>
-<header>
-<h1>${encode(title)}</h1>
-<p class="meta">${new Date(options.time ?? Date.now()).toISOString().slice(0, 16).replace('T', ' ')} UTC</p>
-${summary ? `<p class="summary">${encode(summary)}</p>` : ''}
-</header>
-<main>
-${table(named, figures)}
+  return pageHtml({
+    title,
+    style: plotStyle + style,
+    time: options.time,
+    summary,
+    main: `${table(named, figures)}
 <section id="curves" aria-label="Curves"><div id="controls"></div><div id="charts"></div><noscript>Curves need JavaScript.</noscript></section>
 ${samples(named)}
 ${warnings(named)}
 ${settings(named)}
-${machine(options.machine ?? thisMachine())}
-</main>
-<script type="application/json" id="data">${json(data)}</script>
+${machine(options.machine ?? thisMachine())}`,
+    scripts: `<script type="application/json" id="data">${json(data)}</script>
 <script>${plot}</script>
-<script>${script}</script>
-</body>
-</html>
-`;
+<script>${script}</script>`,
+  });
 }
 
 /** Sums a run up. */
@@ -336,8 +322,4 @@ async function asset(name: string): Promise<string> {
 function json(value: unknown): string {
   const text = JSON.stringify(value, (_, v) => (typeof v === 'number' && !Number.isInteger(v) ? Number(v.toPrecision(6)) : v));
   return text.replaceAll('<', '\\u003c');
-}
-
-function encode(text: string): string {
-  return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;').replaceAll('"', '&quot;');
 }

@@ -6,6 +6,7 @@ import type { ChatTemplate } from '../../tokenizer/chat.ts';
 import {
   type Abilities,
   type CompletionOptions,
+  chatCall,
   checkAbilities,
   count,
   limiter,
@@ -196,10 +197,11 @@ export async function openLlamaProvider(options: LlamaOptions): Promise<Provider
     complete: (prompt, call = {}) => complete(prompt, call),
     async chat(messages, call = {}) {
       if (template === undefined) throw unable(name, 'answer a conversation', 'give the chat template of the model');
-      const prompt = template.render([...messages], { addGenerationPrompt: true });
-      const stop = [...(call.stop ?? []), ...(template.turnEnd === '' ? [] : [template.turnEnd])];
-      const end = template.turnEnd === '' ? [] : model.tokenize(template.turnEnd, true);
-      return complete(prompt, { ...call, stop, stopIds: [...(call.stopIds ?? []), ...(end.length === 1 ? end : [])] });
+      const asked = chatCall(template, messages, call, (text) => {
+        const ids = model.tokenize(text, true);
+        return ids.length === 1 ? ids[0] : undefined;
+      });
+      return complete(asked.prompt, asked.call);
     },
     async embed(texts, { signal } = {}) {
       embedder ??= await model.createEmbeddingContext({ contextSize: context });

@@ -15,6 +15,7 @@ import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 import {
   type Abilities,
   type CompletionOptions,
+  chatCall,
   completeInTwo,
   count,
   type Meter,
@@ -168,11 +169,8 @@ export function localProvider(options: LocalOptions): Provider {
       if (template === undefined) {
         throw unable(name, 'answer a conversation', 'the model has no chat template; give one, or the name of a style');
       }
-      const prompt = template.render([...messages], { addGenerationPrompt: true });
-      const stop = template.turnEnd === '' ? (call.stop ?? []) : [...(call.stop ?? []), template.turnEnd];
-      const end = tokenizer.id(template.turnEnd);
-      // A special token has no text of its own.
-      return complete(prompt, { ...call, stop, ...(end === undefined ? {} : { stopIds: [...(call.stopIds ?? []), end] }) });
+      const asked = chatCall(template, messages, call, (text) => tokenizer.id(text));
+      return complete(asked.prompt, asked.call);
     },
     async embed(texts, { signal } = {}) {
       const vectors: Float32Array[] = [];
