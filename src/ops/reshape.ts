@@ -29,8 +29,11 @@ export function reshape(x: Tensor, shape: readonly number[]): Tensor {
           gradients.alias(y, x);
           return;
         }
-        const dx = addUse(unscopedView(gradients.get(y)!, x.shape));
-        // The view shares memory with the gradient it shows, which ends with this call: nobody else writes there.
+        const dy = gradients.get(y)!;
+        // The gradient of y ends with this call. If it is nobody else's, the view is then alone with its memory and may be added to.
+        const alone = dy.uses === 1 && !dy.shared;
+        const dx = addUse(unscopedView(dy, x.shape));
+        if (alone) dx.shared = false;
         gradients.put(x, dx);
         releaseUse(dx);
       },
@@ -46,7 +49,7 @@ export function reshape(x: Tensor, shape: readonly number[]): Tensor {
  */
 export function rows(x: Tensor, from: number, to: number): Tensor {
   const [n = 0, ...rest] = x.shape;
-  if (!(from >= 0 && from <= to && to <= n)) {
+  if (!(Number.isInteger(from) && Number.isInteger(to) && from >= 0 && from <= to && to <= n)) {
     throw new ShapeError(`rows: ${from} to ${to} does not lie in the ${n} rows of [${x.shape.join(' ')}]`, {
       code: 'ERR_SHAPE',
       op: 'rows',

@@ -82,8 +82,8 @@ export class Gradients {
     const entry = this.entries.get(t);
     if (entry === undefined) return undefined;
     const own = this.get(t)!;
-    if (own.uses === 1) return { tensor: own, accumulate: true };
-    // Shared with another entry by an alias: take a copy before adding to it.
+    if (own.uses === 1 && !own.shared) return { tensor: own, accumulate: true };
+    // Shared with another entry, by an alias or a view: take a copy before adding to it.
     const mine = addUse(unscopedLike(t, own.dtype));
     addInto(own, mine, false);
     this.drop(t);
