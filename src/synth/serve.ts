@@ -82,7 +82,8 @@ async function answer(
   response: ServerResponse,
 ): Promise<void> {
   const began = performance.now();
-  const path = new URL(request.url ?? '/', 'http://localhost').pathname;
+  const target = request.url ?? '/';
+  const path = URL.canParse(target, 'http://localhost') ? new URL(target, 'http://localhost').pathname : target;
   // A client that hangs up no longer wants the text.
   const gone = new AbortController();
   response.on('close', () => gone.abort());
@@ -107,6 +108,8 @@ async function answer(
     await handler!(provider, body, signal, response);
   } catch (error) {
     if (gone.signal.aborted) return;
+    // Nobody will get the other texts of the request.
+    gone.abort();
     const { status, parameter } = faultOf(error);
     const shape = {
       error: {
@@ -307,7 +310,8 @@ async function streamed(
 }
 
 function event(response: ServerResponse, value: unknown): void {
-  response.write(`data: ${JSON.stringify(value)}\n\n`);
+  // Another text of the request may have failed, and the answer ended, before this one has seen that it is not wanted.
+  if (!response.writableEnded) response.write(`data: ${JSON.stringify(value)}\n\n`);
 }
 
 const wantsUsage = (body: Record<string, unknown>) =>

@@ -1,3 +1,4 @@
+import { connect } from 'node:net';
 import OpenAI from 'openai';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { ChatMessage, CompletionOptions } from '../../src/synth/provider.ts';
@@ -17,6 +18,11 @@ const provider = scripted({
     asked.push({ prompt, options });
     if (prompt === 'too long') throw new DataError('prompt: 99 tokens', { code: 'ERR_CONTEXT', argument: 'prompt' });
     if (prompt === 'broken') throw new Error('a fault of ours');
+    if (prompt === 'deaf') {
+      // As a model does that is at work on a batch, it looks at its signal too late.
+      for (let i = 0; i < 50; i++) await null;
+      options.onText?.('too late');
+    }
     if (prompt === 'slow') {
       await new Promise((resolve, reject) => {
         setTimeout(resolve, 60_000).unref();
@@ -192,6 +198,28 @@ describe('errors have the shape that clients know', () => {
     if (response.status === 200) expect(text.trimEnd().split('\n').at(-1)).toContain('a fault of ours');
     else expect(response.status).toBe(500);
   });
+});
+
+test('a request that cannot be, beside one that goes on, ends both and nothing else', async () => {
+  const response = await fetch(`${serving.url}/completions`, {
+    method: 'POST',
+    headers: { authorization: 'Bearer secret' },
+    body: JSON.stringify({ prompt: ['deaf', 'too long'], stream: true }),
+  });
+  expect(response.status).toBe(400);
+  expect(await response.json()).toMatchObject({ error: { code: 'ERR_CONTEXT' } });
+  expect(asked.find(({ prompt }) => prompt === 'deaf')!.options.signal!.aborted).toBe(true);
+  expect((await client.models.list()).data).toHaveLength(1);
+});
+
+test('a target that is no address is answered, too', async () => {
+  const { hostname, port } = new URL(serving.url);
+  const socket = connect(Number(port), hostname);
+  socket.write('GET // HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\nconnection: close\r\n\r\n');
+  let answer = '';
+  for await (const part of socket) answer += part;
+  expect(answer).toMatch(/^HTTP\/1.1 404 /);
+  expect((await client.models.list()).data).toHaveLength(1);
 });
 
 test('a client that hangs up ends the work', async () => {
