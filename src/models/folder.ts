@@ -1,6 +1,6 @@
 // Where checkpoints lie: `output`/checkpoints/step-N, each a model folder.
-import { readdir, rm, stat } from 'node:fs/promises';
-import { join } from 'node:path';
+import { mkdir, readdir, rename, rm, stat } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import { isPartial } from '../io/atomic.ts';
 import { FormatError } from '../tensor/errors.ts';
 
@@ -11,6 +11,8 @@ export function checkpointFolder(output: string, step: number): string {
   return join(output, 'checkpoints', `step-${String(step).padStart(8, '0')}`);
 }
 
+const stepOf = (path: string): number => Number(stepFolder.exec(basename(path))![1]);
+
 /** Folders of the complete checkpoints of an output folder, oldest first. */
 export async function checkpointFolders(output: string): Promise<string[]> {
   const folder = join(output, 'checkpoints');
@@ -18,7 +20,6 @@ export async function checkpointFolders(output: string): Promise<string[]> {
     if (error.code === 'ENOENT' || error.code === 'ENOTDIR') return [];
     throw error;
   });
-  const stepOf = (name: string): number => Number(stepFolder.exec(name)![1]);
   return names
     .filter((name) => stepFolder.test(name))
     .sort((a, b) => stepOf(a) - stepOf(b))
@@ -33,6 +34,21 @@ export async function pruneCheckpoints(output: string, keep: number, best?: numb
   const spared = best === undefined ? undefined : checkpointFolder(output, best);
   const old = all.slice(0, Math.max(0, all.length - keep)).filter((path) => path !== spared);
   for (const path of [...partial, ...old]) await rm(path, { recursive: true, force: true });
+}
+
+/**
+ * Moves the checkpoints after `step` to `output`/checkpoints.old, in place of those that lay there: a run that begins at `step` takes another
+ * way, and the newest of its checkpoints must be the newest of the folder.
+ */
+export async function setAside(output: string, step: number): Promise<void> {
+  const old = join(output, 'checkpoints.old');
+  for (const path of await checkpointFolders(output)) {
+    if (stepOf(path) <= step) continue;
+    const place = join(old, basename(path));
+    await mkdir(old, { recursive: true });
+    await rm(place, { recursive: true, force: true });
+    await rename(path, place);
+  }
 }
 
 /** The newest complete checkpoint of an output folder; undefined when there is none. */

@@ -5,7 +5,7 @@ import type { Loader } from '../data/dataset.ts';
 import type { Batch } from '../data/pack.ts';
 import type { Malformed } from '../data/source.ts';
 import { generateText } from '../models/completion.ts';
-import { checkpointFolder, latestCheckpoint } from '../models/folder.ts';
+import { checkpointFolder, latestCheckpoint, setAside } from '../models/folder.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { memory, native, resetPeak } from '../tensor/engine.ts';
@@ -148,7 +148,10 @@ export async function* trainingLoop(
       const norm = keep(optimizer.step(rate));
       step++;
       tokens += batches.reduce((n, b) => n + b.tokens, 0);
-      return { step, tokens, rate, values: readStep(losses, norm) };
+      const values = readStep(losses, norm);
+      // A failure is met where the step is reported; until then it is not unhandled.
+      values.catch(() => {});
+      return { step, tokens, rate, values };
     };
     const report = async function* (reading: Reading): AsyncGenerator<TrainEvent> {
       const values = await reading.values;
@@ -190,6 +193,7 @@ export async function* trainingLoop(
         ...(patience === undefined ? {} : { evaluations }),
         pinned: parts.pinned,
       };
+      if (saved === undefined) await setAside(run.output, first);
       const { path, bytes } = await saveCheckpoint(run.output, { optimizer, save: write }, state, run.checkpoint.keep);
       saved = { step, path };
       return { type: 'checkpoint', step, path, seconds: (performance.now() - from) / 1000, bytes };

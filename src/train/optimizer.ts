@@ -4,6 +4,7 @@ import { fill_ } from '../ops/elementwise.ts';
 import { type AdamWState, adamw_, type Moment8, momentBlock } from '../ops/optimizer.ts';
 import { squaredNorm } from '../ops/reduce.ts';
 import { LimbeckError } from '../tensor/errors.ts';
+import { randomBlock } from '../tensor/random.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { zeroGrad } from '../tensor/tape.ts';
 import { empty, type Tensor, tensor, viewOf, zeros } from '../tensor/tensor.ts';
@@ -57,6 +58,7 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
     if (scales === undefined) return part;
     return { codes: part, scales: viewOf(scales, [size / momentBlock], offset / momentBlock) };
   };
+  const seeds = seed === undefined ? undefined : groups.map((_, index) => groupSeed(seed, index));
   return {
     state,
     updates: 0,
@@ -86,7 +88,7 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
             weightDecay,
             clip: clip ?? Number.POSITIVE_INFINITY,
             step: this.updates,
-            ...(seed === undefined ? {} : { seed: seed * 65_537 + index }),
+            ...(seeds === undefined ? {} : { seed: seeds[index]! }),
           });
         }
         zeroGrad(list.map((one) => one.tensor));
@@ -97,4 +99,13 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
       for (const t of [...Object.values(state), decay]) t.dispose();
     },
   };
+}
+
+// Above the numbers of other streams of the seed.
+const roundingStream = 2 ** 41;
+
+/** A seed for each group of parameters, in [0, 2^53): what is rounded by chance counts its elements from the group's first. */
+function groupSeed(seed: number, index: number): number {
+  const [high = 0, low = 0] = randomBlock(seed, roundingStream, index);
+  return high * 2 ** 21 + (low >>> 11);
 }

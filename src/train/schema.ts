@@ -252,7 +252,7 @@ function makeSchemas() {
       .union([z.literal('auto'), z.literal(false), z.string().min(1)])
       .default('auto')
       .describe(
-        '"auto" goes on from the newest checkpoint in output, false starts anew, a path names a checkpoint. Default "auto".',
+        '"auto" goes on from the newest checkpoint in output, false starts anew, a path names a checkpoint; newer ones then move to checkpoints.old. Default "auto".',
       ),
   };
 

@@ -2,6 +2,7 @@ import { appendFile, mkdtemp, readdir, readFile, rm, truncate, writeFile } from 
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { openDataset } from '../../src/data/dataset.ts';
 import { distill } from '../../src/distill/distill.ts';
 import { openSafetensors } from '../../src/io/safetensors.ts';
 import { generateText } from '../../src/models/completion.ts';
@@ -10,10 +11,12 @@ import { createModel, loadModel, modelConfig } from '../../src/models/model.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { randomNormal_ } from '../../src/ops/random.ts';
 import { scope } from '../../src/tensor/scope.ts';
-import { empty } from '../../src/tensor/tensor.ts';
-import type { RunInput } from '../../src/train/config.ts';
+import { empty, tensor } from '../../src/tensor/tensor.ts';
+import { parseRunOf, type RunInput } from '../../src/train/config.ts';
 import type { EvaluateEvent, StepEvent, TrainEvent } from '../../src/train/events.ts';
-import { pretrain } from '../../src/train/pretrain.ts';
+import { trainingLoop } from '../../src/train/loop.ts';
+import { pretrain, textLoss } from '../../src/train/pretrain.ts';
+import { datasetOptions } from '../../src/train/setup.ts';
 import { writeCorpus } from '../corpus.ts';
 
 let folder: string;
@@ -128,6 +131,46 @@ describe('pretraining', () => {
     await expect(collect(pretrain(wild))).rejects.toMatchObject({ name: 'TrainingError', code: 'ERR_NOT_FINITE' });
     const { model } = await loadModel((await latestCheckpoint(join(folder, 'wild')))!);
     model.dispose();
+  });
+
+  test('what stops a step that is ahead comes out of the loop, however slowly events are taken', async () => {
+    const parsed = parseRunOf('pretrain', run('ahead', { tokenizer: tokenizer() }));
+    const { model, tokenizer: words } = await loadModel((await latestCheckpoint(join(folder, 'whole')))!, { trainable: true });
+    const data = await openDataset(datasetOptions(parsed, words));
+    const events = trainingLoop({
+      ...{ run: parsed, model, tokenizer: words, data, resume: undefined, pinned: {} },
+      loss(batch, { index }) {
+        const { ids } = batch.input;
+        const wrong = tensor(new Int32Array(ids.size).fill(1 << 20), ids.shape);
+        return textLoss(model, index < 1 ? batch : { ...batch, input: { ...batch.input, ids: wrong } }, false);
+      },
+      evaluate: () => Promise.reject(new Error('comes later')),
+    });
+    const taken = (async () => {
+      for await (const event of events) if (event.type === 'step') await new Promise((resolve) => setTimeout(resolve, 100));
+    })();
+    await expect(taken).rejects.toMatchObject({ name: 'DataError', code: 'ERR_TOKEN_RANGE' });
+    model.dispose();
+    await data.close();
+  });
+
+  test.each([2 ** 53 - 1, 1_800_000_000_000])('any seed will do: %d', async (seed) => {
+    expect(steps(await collect(pretrain(run(`seed-${seed}`, { tokenizer: tokenizer(), steps: 1, seed }))))).toHaveLength(1);
+  });
+
+  test('a run that begins anew does not lose its checkpoints to those of the run before', async () => {
+    const short = { tokenizer: tokenizer(), steps: 6, evaluate: { every: 6 } };
+    await collect(pretrain(run('anew', { ...short, steps: 8 })));
+    const events = await collect(pretrain(run('anew', { ...short, seed: 5, resume: false })));
+    expect(events.at(-1)).toMatchObject({ type: 'done', reason: 'finished' });
+    expect(await readdir(join(folder, 'anew/checkpoints'))).toEqual(['step-00000004', 'step-00000006']);
+    expect(await readdir(join(folder, 'anew/checkpoints.old'))).toEqual(['step-00000004', 'step-00000008']);
+    // Back to a checkpoint of its own, from which it goes another way.
+    const back = join(folder, 'anew/checkpoints/step-00000004');
+    const again = await collect(pretrain(run('anew', { ...short, steps: 5, seed: 5, resume: back })));
+    expect(again[0]).toMatchObject({ type: 'start', resumedFrom: { step: 4, path: back } });
+    expect(await readdir(join(folder, 'anew/checkpoints'))).toEqual(['step-00000004', 'step-00000005']);
+    expect(await readdir(join(folder, 'anew/checkpoints.old'))).toEqual(['step-00000004', 'step-00000006', 'step-00000008']);
   });
 
   test('leaving the loop early frees everything', async () => {
