@@ -30,7 +30,7 @@ export const chat = command({
     system: { type: 'string', description: 'How the model is to behave: the first message.', valueHint: 'text' },
     template: {
       type: 'string',
-      description: 'Style of the conversation: chatml, llama3, gemma, ... Default: the chat template of the folder.',
+      description: 'Style of the conversation: chatml, llama3, gemma, ... Default: the chat template of the model.',
       valueHint: 'style',
     },
     ...samplingArguments,

@@ -1,8 +1,9 @@
 // Texts from a model: prompts in, pieces or whole completions out. All stand on `generateTokens`.
+import { join } from 'node:path';
 import { init, started } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
-import { loadGenerationConfig } from './defaults.ts';
+import { parseGenerationConfig } from './defaults.ts';
 import { resolveCheckpoint } from './folder.ts';
 import {
   type BatchOptions,
@@ -221,7 +222,7 @@ export interface GenerateOptions extends TextOptions {
   readonly threads?: number;
 }
 
-/** A model, its tokenizer, and the options that its generation_config.json asks for. */
+/** A model, its tokenizer, and the options that its generation_config.json, or a GGUF file's metadata, asks for. */
 export interface Generator {
   readonly model: LanguageModel;
   readonly tokenizer: Tokenizer;
@@ -236,8 +237,15 @@ export async function loadGenerator({
 }: Pick<GenerateOptions, 'checkpoint' | 'dtype' | 'threads'>): Promise<Generator> {
   if (!started() && threads !== undefined) init({ threads });
   const folder = await resolveCheckpoint(checkpoint);
-  const defaults = await loadGenerationConfig(folder);
-  return { ...(await loadModel(folder, { dtype })), defaults };
+  const { model, tokenizer, files } = await loadModel(folder, { dtype });
+  try {
+    const name = 'generation_config.json';
+    const text = files[name];
+    return { model, tokenizer, defaults: text === undefined ? {} : parseGenerationConfig(text, join(folder, name)) };
+  } catch (error) {
+    model.dispose();
+    throw error;
+  }
 }
 
 /** {@link generateText} with the model of a folder; options that are not given come from its generation_config.json. */

@@ -1,6 +1,7 @@
-// generation_config.json of a model folder: how its makers would have it write.
+// generation_config.json of a model folder, and its like in a GGUF file: how its makers would have it write.
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { GgufMetadata } from '../io/gguf.ts';
 import { FormatError } from '../tensor/errors.ts';
 import type { TokenOptions } from './generate.ts';
 
@@ -25,6 +26,11 @@ export async function loadGenerationConfig(folder: string): Promise<GenerationCo
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return {};
     throw new FormatError(`${path}: cannot be read`, { ...about(path), cause: error });
   }
+  return parseGenerationConfig(text, path);
+}
+
+/** @param path the file, for errors. @throws FormatError naming the field that is wrong */
+export function parseGenerationConfig(text: string, path: string): GenerationConfig {
   let json: unknown;
   try {
     json = JSON.parse(text);
@@ -78,6 +84,27 @@ function generationConfig(json: unknown, path: string): GenerationConfig {
     number('min_p', (x) => x >= 0 && x <= 1, 'from 0 to 1'),
   );
   return config;
+}
+
+/** What a generation_config.json would say: the tokens that end a text or a turn, and how llama.cpp is told to draw. */
+export function generationOfGguf(metadata: GgufMetadata): Record<string, unknown> {
+  const number = (key: string): number | undefined => {
+    const entry = metadata.get(key);
+    if (typeof entry?.value !== 'number') return undefined;
+    return entry.type === 'f32' ? Number(entry.value.toPrecision(7)) : entry.value;
+  };
+  const ends = ['eos', 'eot', 'eom'].flatMap((name) => number(`tokenizer.ggml.${name}_token_id`) ?? []);
+  const drawn = Object.entries({
+    temperature: number('general.sampling.temp'),
+    top_k: number('general.sampling.top_k'),
+    top_p: number('general.sampling.top_p'),
+    min_p: number('general.sampling.min_p'),
+    repetition_penalty: number('general.sampling.penalty_repeat'),
+  }).filter(([, value]) => value !== undefined);
+  return {
+    ...(ends.length === 0 ? {} : { eos_token_id: [...new Set(ends)] }),
+    ...(drawn.length === 0 ? {} : { do_sample: true, ...Object.fromEntries(drawn) }),
+  };
 }
 
 function about(argument: string) {

@@ -2,7 +2,7 @@
 //   C width, D head size, V vocabulary
 
 import { type GgmlTypeName, ggmlTypes } from '../io/ggml.ts';
-import { type Gguf, type GgufInput, type GgufValue, openGguf, writeGguf } from '../io/gguf.ts';
+import { type Gguf, type GgufInput, type GgufMetadata, type GgufValue, openGguf, writeGguf } from '../io/gguf.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
@@ -220,6 +220,7 @@ function reordered(data: Float32Array, heads: number, columns: number, toFile: b
 /** A model in a GGUF file. */
 export interface GgufModel extends AsyncDisposable {
   readonly config: DecoderConfig;
+  readonly metadata: GgufMetadata;
   /** Reads all weights into parameters that were made for `config`. */
   fill(parameters: Pick<Parameters<SpecTree>, 'write' | 'refresh'>): Promise<void>;
   /** @throws FormatError for a vocabulary that our tokenizers have not. */
@@ -241,6 +242,7 @@ export async function openGgufModel(path: string): Promise<GgufModel> {
     checkTensors(path, file, parts);
     return {
       config,
+      metadata: file.metadata,
       async fill(parameters) {
         for (const part of parts) {
           const { name, gguf, heads, add } = part;

@@ -10,6 +10,7 @@ import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import { adapterConfigFile, loadAdapter } from './adapter.ts';
 import type { ForwardOptions, ModelInput } from './config.ts';
 import type { DecoderConfig } from './decoder.ts';
+import { generationOfGguf } from './defaults.ts';
 import { type GgufModel, isGguf, openGgufModel } from './gguf.ts';
 import { type Preset, presets } from './presets.ts';
 import { buildModel, checkConfig, configFrom, type ModelConfig } from './registry.ts';
@@ -99,11 +100,10 @@ export type LoadOptions = Omit<ParameterOptions, 'seed'>;
 export interface LoadedModel {
   readonly model: LanguageModel;
   readonly tokenizer: Tokenizer;
-  /** Texts of `generation_config.json` and `chat_template.jinja`, where the folder has them. */
+  /** Texts of `generation_config.json` and `chat_template.jinja`, where the folder has them; of a GGUF file, the first as it would be. */
   readonly files: Readonly<Record<string, string>>;
 }
 
-/**
 /**
  * Loads a folder that {@link saveModel} or Transformers wrote: config.json, model.safetensors or its shards, tokenizer.json. Or a GGUF
  * file, by a path that ends in `.gguf`; its weights are unpacked. A folder that holds an adapter alone is loaded as the base that it
@@ -115,7 +115,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     return withGguf(folder, async (file) => {
       const tokenizer = file.tokenizer();
       checkVocabulary(folder, tokenizer, file.config);
-      return { model: await loadGguf(file, options), tokenizer, files: {} };
+      const generation = `${JSON.stringify(generationOfGguf(file.metadata), null, 2)}\n`;
+      return { model: await loadGguf(file, options), tokenizer, files: { 'generation_config.json': generation } };
     });
   }
   const base = await adapterBase(folder);

@@ -90,12 +90,18 @@ export function chatTemplate(styleOrSource: string, vocabulary: Vocabulary, name
 
 /**
  * The chat template of a model folder: chat_template.jinja, or the `chat_template` of tokenizer_config.json, which may be a list of
- * named ones. Undefined where the folder has none.
+ * named ones. That of a GGUF file comes with the tokenizer. Undefined where there is none.
+ * @param folder also the path of a GGUF file, whose tokenizer `vocabulary` is
  * @param name which of several. Default: `default`.
  * @throws FormatError `ERR_TEMPLATE` for a template that cannot be read, or a name that is not there
  */
-export async function loadChatTemplate(folder: string, vocabulary: Vocabulary, name?: string): Promise<ChatTemplate | undefined> {
-  const named = await namedTemplates(folder);
+export async function loadChatTemplate(
+  folder: string,
+  vocabulary: Vocabulary & Partial<Pick<Tokenizer, 'file'>>,
+  name?: string,
+): Promise<ChatTemplate | undefined> {
+  const inFile = folder.endsWith('.gguf');
+  const named = inFile ? configured(vocabulary.file?.config.chat_template, folder) : await namedTemplates(folder);
   if (named.size === 0) return undefined;
   const chosen = named.get(name ?? 'default') ?? (name === undefined && named.size === 1 ? [...named.values()][0] : undefined);
   if (chosen === undefined) {
@@ -353,34 +359,44 @@ function endOfTurn(render: ChatTemplate['render']): string {
   return out.slice(out.lastIndexOf(placeholder) + 1).trim();
 }
 
-/** Templates by name, and the file each comes from. */
-async function namedTemplates(folder: string): Promise<Map<string, { source: string; file: string }>> {
-  const found = new Map<string, { source: string; file: string }>();
-  const config = join(folder, 'tokenizer_config.json');
-  const text = await optional(config);
-  const value = text === undefined ? undefined : parse(text, config).chat_template;
-  if (typeof value === 'string') found.set('default', { source: value, file: config });
+interface NamedTemplate {
+  readonly source: string;
+  readonly file: string;
+}
+
+/** The templates of a tokenizer_config.json, or of a file that has its fields. */
+function configured(value: unknown, file: string): Map<string, NamedTemplate> {
+  const found = new Map<string, NamedTemplate>();
+  if (typeof value === 'string') found.set('default', { source: value, file });
   else if (Array.isArray(value)) {
     for (const [i, entry] of value.entries()) {
       const { name, template } = (entry ?? {}) as Record<string, unknown>;
       if (typeof name !== 'string' || typeof template !== 'string') {
-        throw new FormatError(`loadChatTemplate: ${config}: chat_template[${i}] should be a name and a template`, {
+        throw new FormatError(`loadChatTemplate: ${file}: chat_template[${i}] should be a name and a template`, {
           code: 'ERR_TEMPLATE',
           op: 'loadChatTemplate',
           argument: `chat_template[${i}]`,
           actual: show(entry),
         });
       }
-      found.set(name, { source: template, file: `${config} (${name})` });
+      found.set(name, { source: template, file: `${file} (${name})` });
     }
   } else if ((value ?? null) !== null) {
-    throw new FormatError(`loadChatTemplate: ${config}: chat_template is ${show(value)}; it should be a text or a list`, {
+    throw new FormatError(`loadChatTemplate: ${file}: chat_template is ${show(value)}; it should be a text or a list`, {
       code: 'ERR_TEMPLATE',
       op: 'loadChatTemplate',
       argument: 'chat_template',
       actual: show(value),
     });
   }
+  return found;
+}
+
+/** Templates by name, and the file each comes from. */
+async function namedTemplates(folder: string): Promise<Map<string, NamedTemplate>> {
+  const config = join(folder, 'tokenizer_config.json');
+  const text = await optional(config);
+  const found = configured(text === undefined ? undefined : parse(text, config).chat_template, config);
   // Files of their own come before what the configuration says, as in Transformers.
   const own = join(folder, 'chat_template.jinja');
   const source = await optional(own);

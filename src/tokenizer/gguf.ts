@@ -218,7 +218,7 @@ export function tokenizerOfGguf(metadata: GgufMetadata, path: string): Tokenizer
     post_processor: addBos === true && bos !== undefined ? beginWith(bos, vocab.get(bos)!) : null,
     ...(isBytes ? overBytes() : overCharacters()),
   };
-  const template = get('chat_template')?.value;
+  const template = chatTemplates(metadata);
   const config = {
     tokenizer_class: 'PreTrainedTokenizerFast',
     clean_up_tokenization_spaces: false,
@@ -226,7 +226,7 @@ export function tokenizerOfGguf(metadata: GgufMetadata, path: string): Tokenizer
     ...(eos !== undefined && { eos_token: eos }),
     ...(unk !== undefined && { unk_token: unk }),
     ...(pad !== undefined && { pad_token: pad }),
-    ...(typeof template === 'string' && { chat_template: template }),
+    ...(template !== undefined && { chat_template: template }),
   };
   return tokenizerFromJson(`${JSON.stringify(json)}\n`, `${JSON.stringify(config, null, 2)}\n`, path);
 
@@ -289,6 +289,16 @@ export function tokenizerOfGguf(metadata: GgufMetadata, path: string): Tokenizer
     }
     return merges;
   }
+}
+
+/** The chat template, or, where there are several, the list that a tokenizer_config.json has. */
+function chatTemplates(metadata: GgufMetadata): string | object[] | undefined {
+  const list: { name: string; template: string }[] = [];
+  for (const [key, { value }] of metadata) {
+    const name = /^tokenizer\.chat_template(?:\.(.+))?$/.exec(key);
+    if (name !== null && typeof value === 'string') list.push({ name: name[1] ?? 'default', template: value });
+  }
+  return list.length === 1 && list[0]!.name === 'default' ? list[0]!.template : list.length === 0 ? undefined : list;
 }
 
 function beginWith(token: string, id: number): object {

@@ -3,9 +3,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { complete } from '../../src/models/completion.ts';
+import { exportGguf } from '../../src/models/gguf.ts';
 import { createModel, type LanguageModel, saveModel } from '../../src/models/model.ts';
 import { presets } from '../../src/models/presets.ts';
 import { chatTemplate } from '../../src/tokenizer/chat.ts';
+import { chatStyles } from '../../src/tokenizer/styles.ts';
 import type { Tokenizer } from '../../src/tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 import { limbeck, limbeckHere } from './process.ts';
@@ -57,6 +59,13 @@ test('turns from standard input are one conversation, which can be reset and sav
   );
   expect(err).toContain('There is no /what.');
   expect(code).toBe(0);
+});
+
+test('a GGUF file talks by its own template and stops at its own end of a turn', async () => {
+  const path = join(folder, 'chat.gguf');
+  await exportGguf(path, model, tokenizer, { type: 'f32', chatTemplate: chatStyles.chatml });
+  const { code, out } = await limbeck(['chat', path, ...flags.slice(2)], undefined, 'one?\n');
+  expect([code, out.trim()]).toEqual([0, await answer([{ role: 'user', content: 'one?' }])]);
 });
 
 test('with --json every event is an object', async () => {

@@ -3,9 +3,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type GgufInput, type GgufValue, openGguf, writeGguf } from '../../src/io/gguf.ts';
+import { loadGenerator } from '../../src/models/completion.ts';
 import { exportGguf } from '../../src/models/gguf.ts';
 import { createModel, loadModel, loadWeights, type ModelChanges, modelConfig } from '../../src/models/model.ts';
 import { readAs } from '../../src/tensor/tensor.ts';
+import { loadChatTemplate } from '../../src/tokenizer/chat.ts';
 import type { Tokenizer } from '../../src/tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 
@@ -55,6 +57,38 @@ test('a model and its tokenizer come back as they were', async () => {
 
 const u32 = (value: number): GgufValue => ({ type: 'u32', value });
 const text = (value: string): GgufValue => ({ type: 'string', value });
+const f32 = (value: number): GgufValue => ({ type: 'f32', value });
+
+test('chat templates, ends of turns and ways to draw come with the file', async () => {
+  const none = await loadGenerator({ checkpoint: path });
+  expect(none.defaults).toEqual({ stopIds: [tokenizer.eos] });
+  expect(await loadChatTemplate(path, none.tokenizer)).toBeUndefined();
+  none.model.dispose();
+
+  const one = await changed({
+    'tokenizer.chat_template': text('{{ bos_token }}one'),
+    'tokenizer.ggml.eot_token_id': u32(5),
+    'general.sampling.temp': f32(Math.fround(0.6)),
+    'general.sampling.top_k': { type: 'i32', value: 20 },
+  });
+  const { model, tokenizer: own, defaults } = await loadGenerator({ checkpoint: one });
+  model.dispose();
+  expect(defaults).toEqual({ stopIds: [tokenizer.eos, 5], temperature: 0.6, topK: 20 });
+  const template = await loadChatTemplate(one, own);
+  expect(template!.render([])).toBe('<bos>one');
+  await expect(loadChatTemplate(one, own, 'tool_use')).rejects.toMatchObject({ code: 'ERR_TEMPLATE', argument: 'name' });
+
+  const two = await changed({
+    'tokenizer.chat_template': text('{{ 1 }}'),
+    'tokenizer.chat_template.tool_use': text('{{ 2 }}'),
+    'general.sampling.temp': f32(-1),
+  });
+  await expect(loadGenerator({ checkpoint: two })).rejects.toMatchObject({ code: 'ERR_CHECKPOINT', argument: 'temperature' });
+  const again = await loadModel(two);
+  again.model.dispose();
+  expect((await loadChatTemplate(two, again.tokenizer))!.source).toBe('{{ 1 }}');
+  expect((await loadChatTemplate(two, again.tokenizer, 'tool_use'))!.source).toBe('{{ 2 }}');
+});
 
 describe('a file that does not fit is refused by name', () => {
   test.each<[string, Record<string, GgufValue>, ((all: GgufInput[]) => GgufInput[]) | undefined, RegExp]>([
