@@ -380,6 +380,7 @@ export { empty, parameter, readAs, Tensor, tensor, toDevice, write, zeros } from
 export {
   type ChatTemplate,
   chatTemplate,
+  type EncodeChatOptions,
   type EncodedChat,
   encodeChat,
   loadChatTemplate,

@@ -49,8 +49,7 @@ ${commands}
   async run({ args, rawArgs }) {
     const options = samplingOptions(args, rawArgs);
     const loading = loadingOptions(args);
-    const { loadGenerator, resolveCheckpoint } = await load();
-    const { chatTemplate, loadChatTemplate } = await import('../tokenizer/chat.ts');
+    const { chatTemplate, loadChatTemplate, loadGenerator, resolveCheckpoint } = await load();
     const folder = await resolveCheckpoint(args.checkpoint);
     const generator = await loadGenerator({ checkpoint: folder, ...loading });
     try {
@@ -68,11 +67,12 @@ ${commands}
 });
 
 async function load() {
-  const [{ loadGenerator, streamText }, { resolveCheckpoint }] = await Promise.all([
+  const [completion, folder, chat] = await Promise.all([
     import('../models/completion.ts'),
     import('../models/folder.ts'),
+    import('../tokenizer/chat.ts'),
   ]);
-  return { loadGenerator, streamText, resolveCheckpoint };
+  return { ...completion, ...folder, ...chat };
 }
 
 /** Reads lines and answers them until the input ends. */
@@ -167,8 +167,8 @@ async function reply(
   options: TextOptions,
   say: (event: { type: string; [field: string]: unknown }, text: string) => void,
 ): Promise<string> {
-  const { streamText } = await load();
-  const ids = tokenizer.encode(template.render(messages, { addGenerationPrompt: true }));
+  const { streamText, encodeChat } = await load();
+  const { ids } = encodeChat(template, tokenizer, messages, { addGenerationPrompt: true });
   const end = template.turnEnd.trim();
   const endId = end === '' ? undefined : tokenizer.id(end);
   const stops = typeof options.stop === 'string' ? [options.stop] : (options.stop ?? []);

@@ -4,6 +4,7 @@ import { readdir, readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { basename, join } from 'node:path';
 import { ConfigError, DataError, FileError, FormatError } from '../tensor/errors.ts';
+import { encodeEscaped, escapeSpecial } from './escape.ts';
 import { chatStyles } from './styles.ts';
 import type { Tokenizer } from './tokenizer.ts';
 
@@ -22,6 +23,13 @@ export interface RenderOptions {
   readonly tools?: readonly unknown[];
   /** Further variables of the template, such as `enable_thinking`. */
   readonly variables?: Readonly<Record<string, unknown>>;
+}
+
+export interface EncodeChatOptions extends RenderOptions {
+  /**
+   * Whether the text of a special token inside a message stands for the token. Default false: `<|im_end|>` that someone typed ends no turn.
+   */
+  readonly special?: boolean;
 }
 
 /** A rendered conversation. */
@@ -120,7 +128,8 @@ export async function loadChatTemplate(
 }
 
 /**
- * Encodes a conversation: special tokens as the template writes them, no other begin token. Where a text ends without an end token,
+ * Encodes a conversation: special tokens as the template writes them, no other begin token, and none in what the messages and tools say
+ * (roles aside). Where a text ends without an end token,
  * the tokenizer's is put behind it, and belongs to the assistant.
  * Each turn of the assistant begins with a token of its own, as it does when the model writes it after the prompt.
  * @param options with `addGenerationPrompt`, nothing is put behind the text.
@@ -129,13 +138,16 @@ export function encodeChat(
   template: ChatTemplate,
   tokenizer: Tokenizer,
   messages: readonly Message[],
-  options: RenderOptions = {},
+  options: EncodeChatOptions = {},
 ): EncodedChat {
+  const { special = false, ...given } = options;
+  const said = special ? messages : escapeMessages(tokenizer, messages);
+  const rendering = special || given.tools === undefined ? given : { ...given, tools: escapeSpecial(tokenizer, given.tools) };
   if (options.addGenerationPrompt === true) {
-    const ids = tokenizer.encode(template.render(messages, options));
+    const ids = encodeEscaped(tokenizer, template.render(said, rendering));
     return { ids, mask: new Uint8Array(ids.length) };
   }
-  const { text, spans } = template.renderSpans(messages, options);
+  const { text, spans } = template.renderSpans(said, rendering);
   const { ids, ends } = encodePieces(tokenizer, pieces(text, spans));
   const mask = new Uint8Array(ids.length);
   for (let s = 0; s < spans.length; s++) mask.fill(1, ends[2 * s], ends[2 * s + 1]);
@@ -150,6 +162,11 @@ export function encodeChat(
   closed.mask.set(mask.subarray(0, end));
   closed.mask[end!] = 1;
   return closed;
+}
+
+/** Messages in which nothing but the role can make a special token of what a template writes. */
+export function escapeMessages<M extends Message>(tokenizer: Tokenizer, messages: readonly M[]): M[] {
+  return messages.map((message) => ({ ...escapeSpecial(tokenizer, message), role: message.role }));
 }
 
 /** The text cut where spans begin and end: 2 n + 1 pieces, some of them perhaps empty. */
@@ -171,7 +188,7 @@ export function encodePieces(tokenizer: Tokenizer, parts: readonly string[]): { 
   let ids: Int32Array = new Int32Array(0);
   for (const part of parts) {
     if (part !== '') {
-      const joint = tokenizer.encode(text + part);
+      const joint = encodeEscaped(tokenizer, text + part);
       if (isPrefix(ids, joint)) {
         text += part;
         ids = joint;
@@ -179,7 +196,7 @@ export function encodePieces(tokenizer: Tokenizer, parts: readonly string[]): { 
         done.push(ids);
         settled += ids.length;
         text = part;
-        ids = tokenizer.encode(part);
+        ids = encodeEscaped(tokenizer, part);
       }
     }
     ends.push(settled + ids.length);

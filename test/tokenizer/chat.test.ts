@@ -2,6 +2,7 @@
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { chatTemplate, encodeChat, encodePieces, loadChatTemplate, type Message } from '../../src/tokenizer/chat.ts';
 import { type ChatStyle, chatStyles } from '../../src/tokenizer/styles.ts';
@@ -150,6 +151,105 @@ describe('encoding', () => {
     expect([...closed.ids].filter((id) => id === tokenizer.eos)).toHaveLength(1);
     const question = encodeChat(bare, tokenizer, conversations.question!);
     expect([question.ids.includes(tokenizer.eos!), question.mask.includes(1)]).toEqual([false, false]);
+  });
+
+  describe('special tokens that people write', () => {
+    const specials = ['<eos>', '<bos>', '<|im_start|>', '<|im_end|>'];
+    /** Whole ones, parts of them, and what templates trim. */
+    const hostile = fc
+      .array(
+        fc.oneof(
+          fc.constantFrom(...specials),
+          fc.tuple(fc.constantFrom(...specials), fc.nat(12), fc.nat(12)).map(([text, from, to]) => text.slice(from, to)),
+          fc.constantFrom('<', '>', '|', ' ', '\n', 'a'),
+        ),
+        { maxLength: 6 },
+      )
+      .map((parts) => parts.join(''));
+    // Phi-3's tokens take white space along, which only the library can do.
+    let generic: Tokenizer;
+    beforeAll(() => {
+      const json = JSON.parse(tokenizer.file.text) as { added_tokens: { rstrip: boolean }[] };
+      for (const token of json.added_tokens) token.rstrip = true;
+      generic = tokenizerFromJson(JSON.stringify(json));
+      expect([generic.engine, tokenizer.engine, characters.engine]).toEqual(['generic', 'native', 'native']);
+    });
+    const reserved = (t: Tokenizer, ids: Int32Array) => [...ids].filter((id) => t.file.added.some((token) => token.id === id));
+
+    test('are text, in every style and tokenizer, and masks are of the answers', () => {
+      fc.assert(
+        fc.property(hostile, hostile, hostile, (system, question, answer) => {
+          const say = (a: string, b: string, c: string): Message[] => [
+            { role: 'system', content: a },
+            { role: 'user', content: b, instruction: b, input: b },
+            { role: 'assistant', content: c },
+          ];
+          for (const style of Object.keys(chatStyles) as ChatStyle[]) {
+            for (const t of [tokenizer, characters, generic]) {
+              const chat = chatTemplate(style, t);
+              const { ids, mask } = encodeChat(chat, t, say(system, question, answer));
+              const tame = encodeChat(chat, t, say('a', 'b', 'c'));
+              expect(reserved(t, ids)).toEqual(reserved(t, tame.ids));
+              expect(
+                reserved(
+                  t,
+                  ids.filter((_, i) => mask[i] === 1),
+                ),
+              ).toEqual(
+                reserved(
+                  t,
+                  tame.ids.filter((_, i) => tame.mask[i] === 1),
+                ),
+              );
+              if (t !== tokenizer) continue;
+              const text = chat.render(say(system, question, answer));
+              const closed = (whole: string): string => whole.replace(/\s*(<eos>)?$/, '');
+              expect(closed(t.decode(ids))).toBe(closed(text));
+              expect(written(t, ids, mask)).toContain(answer);
+            }
+          }
+        }),
+        { numRuns: 60 },
+      );
+    });
+
+    test('texts without them are encoded as a whole, as ever', () => {
+      const chat = chatTemplate('chatml', tokenizer);
+      for (const content of ['a < b', 'x <b>bold</b> [1]', '</think>', 'end|', 'i <3 u']) {
+        const messages = [{ role: 'user', content }];
+        const { ids } = encodeChat(chat, tokenizer, messages, { addGenerationPrompt: true });
+        expect([...ids]).toEqual([...tokenizer.encode(chat.render(messages, { addGenerationPrompt: true }))]);
+      }
+    });
+
+    test('stand for the token where the caller says so', () => {
+      const messages = [{ role: 'user', content: 'a<|im_end|>b' }];
+      const count = (special: boolean) =>
+        [...encodeChat(chatTemplate('chatml', tokenizer), tokenizer, messages, { special }).ids].filter(
+          (id) => id === tokenizer.id('<|im_end|>'),
+        ).length;
+      expect([count(false), count(true)]).toEqual([1, 2]);
+    });
+
+    test('nor are they made of two messages, or of what a template writes around a tool', () => {
+      const plain = chatTemplate('plain', tokenizer);
+      const split = encodeChat(plain, tokenizer, [
+        { role: 'user', content: '<|im_' },
+        { role: 'user', content: 'end|>' },
+      ]);
+      expect(reserved(tokenizer, split.ids)).toEqual([tokenizer.bos]);
+      const shown = chatTemplate(
+        '{% for tool in tools %}<{{ tool.name }}bos>{{ tool | tojson }}{% endfor %}{{ eos_token }}',
+        tokenizer,
+      );
+      const tools = [
+        { name: 'bos', note: '<bos>' },
+        { name: '|im_end|', '<eos>': 1 },
+      ];
+      const { ids } = encodeChat(shown, tokenizer, [], { tools, addGenerationPrompt: true });
+      expect(reserved(tokenizer, ids)).toEqual([tokenizer.eos]);
+      expect(tokenizer.decode(ids)).toBe(shown.render([], { tools }));
+    });
   });
 
   test('pieces keep their ids where a token lies across a cut', () => {

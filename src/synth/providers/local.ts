@@ -10,7 +10,8 @@ import { DataError } from '../../tensor/errors.ts';
 import { scope } from '../../tensor/scope.ts';
 import { noGrad } from '../../tensor/tape.ts';
 import { readAs, tensor } from '../../tensor/tensor.ts';
-import { type ChatTemplate, chatTemplate, loadChatTemplate } from '../../tokenizer/chat.ts';
+import { type ChatTemplate, chatTemplate, escapeMessages, loadChatTemplate } from '../../tokenizer/chat.ts';
+import { encodeEscaped } from '../../tokenizer/escape.ts';
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 import {
   type Abilities,
@@ -95,7 +96,7 @@ export function localProvider(options: LocalOptions): Provider {
   const prepare = (call: Waiting) => {
     const { maxTokens = 512, temperature = 1, topP, topK, minP, repetitionPenalty, stop, stopIds, bias, seed = 0 } = call.options;
     const { choices, logProbabilities, signal } = call.options;
-    const encoded = tokenizer.encode(call.prompt);
+    const encoded = encodeEscaped(tokenizer, call.prompt);
     // A prompt may bring its begin token along; there must be one of it.
     const ids = tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
     if (ids.length >= model.config.context) {
@@ -169,7 +170,8 @@ export function localProvider(options: LocalOptions): Provider {
       if (template === undefined) {
         throw unable(name, 'answer a conversation', 'the model has no chat template; give one, or the name of a style');
       }
-      const asked = chatCall(template, messages, call, (text) => tokenizer.id(text));
+      const said = escapeMessages(tokenizer, messages);
+      const asked = chatCall(template, said, call, (text) => tokenizer.id(text));
       return complete(asked.prompt, asked.call);
     },
     async embed(texts, { signal } = {}) {
