@@ -40,6 +40,8 @@ export interface LocalOptions {
 
 interface Waiting {
   readonly prompt: string;
+  /** Whether a begin token goes first, where the prompt has none: a chat template has decided that for itself. */
+  readonly begin: boolean;
   readonly options: CompletionOptions;
   readonly resolve: (reply: Reply) => void;
   readonly reject: (error: unknown) => void;
@@ -61,13 +63,13 @@ export function localProvider(options: LocalOptions): Provider {
   const waiting: Waiting[] = [];
   let working: Promise<void> | undefined;
 
-  const enqueue = (prompt: string, call: CompletionOptions): Promise<Reply> =>
+  const enqueue = (prompt: string, call: CompletionOptions, begin: boolean): Promise<Reply> =>
     new Promise((resolve, reject) => {
       if (call.signal?.aborted) {
         reject(call.signal.reason);
         return;
       }
-      waiting.push({ prompt, options: call, resolve, reject });
+      waiting.push({ prompt, begin, options: call, resolve, reject });
       // After this turn, so that calls that are made together go together.
       working ??= new Promise<void>((next) => setImmediate(next)).then(work);
     });
@@ -98,7 +100,8 @@ export function localProvider(options: LocalOptions): Provider {
     const { choices, logProbabilities, signal } = call.options;
     const encoded = encodeEscaped(tokenizer, call.prompt);
     // A prompt may bring its begin token along; there must be one of it.
-    const ids = tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
+    const begins = call.begin && tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos;
+    const ids = begins ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
     if (ids.length >= model.config.context) {
       throw new DataError(
         `generate: the prompt has ${ids.length} tokens, the model's context is ${model.config.context}; shorten the prompt`,
@@ -153,10 +156,10 @@ export function localProvider(options: LocalOptions): Provider {
     }
   };
 
-  const complete = (prompt: string, call: CompletionOptions): Promise<Reply> =>
+  const complete = (prompt: string, call: CompletionOptions, begin = true): Promise<Reply> =>
     call.firstBias === undefined && call.firstTemperature === undefined
-      ? enqueue(prompt, call)
-      : completeInTwo(prompt, call, enqueue);
+      ? enqueue(prompt, call, begin)
+      : completeInTwo(prompt, call, (text, options) => enqueue(text, options, begin));
 
   return {
     name: `limbeck:${name}`,
@@ -172,7 +175,7 @@ export function localProvider(options: LocalOptions): Provider {
       }
       const said = escapeMessages(tokenizer, messages);
       const asked = chatCall(template, said, call, (text) => tokenizer.id(text));
-      return complete(asked.prompt, asked.call);
+      return complete(asked.prompt, asked.call, false);
     },
     async embed(texts, { signal } = {}) {
       const vectors: Float32Array[] = [];
