@@ -40,12 +40,15 @@ export type SafetensorsArray =
   | BigInt64Array
   | BigUint64Array;
 
-/** A tensor to write; `data` may be a function, called when its turn comes, so that only one tensor is in memory at a time. */
+/**
+ * A tensor to write; `data` may be a function, called when its turn comes, so that only one tensor is in memory at a time. It gives all
+ * elements at once, or pieces of them in order: an array has at most 2^32 elements.
+ */
 export interface SafetensorsInput {
   readonly name: string;
   readonly dtype: SafetensorsDType;
   readonly shape: readonly number[];
-  readonly data: SafetensorsArray | (() => SafetensorsArray | Promise<SafetensorsArray>);
+  readonly data: SafetensorsArray | (() => SafetensorsArray | Promise<SafetensorsArray> | AsyncIterable<SafetensorsArray>);
 }
 
 /** Where a tensor lies: `bytes` bytes from byte `offset` of the file. */
@@ -107,8 +110,13 @@ export async function writeSafetensors(
     await writeAll(file, start);
     for (const tensor of sorted) {
       const data = typeof tensor.data === 'function' ? await tensor.data() : tensor.data;
-      checkData(tensor, data);
-      await writeAll(file, data);
+      let count = 0;
+      for await (const piece of Symbol.asyncIterator in data ? data : [data]) {
+        checkType(tensor, piece);
+        count += piece.length;
+        await writeAll(file, piece);
+      }
+      checkCount(tensor, count);
     }
   });
 }
@@ -158,28 +166,29 @@ function makeHeader(path: string, tensors: readonly SafetensorsInput[], metadata
   return start;
 }
 
-function checkData({ name, dtype, shape }: SafetensorsInput, data: SafetensorsArray): void {
-  if (!(data instanceof types[dtype])) {
-    const actual = Object.prototype.toString.call(data).slice(8, -1);
-    throw new DTypeError(`writeSafetensors: tensor ${show(name)} of dtype ${dtype} needs a ${types[dtype].name}, not ${actual}`, {
-      code: 'ERR_DTYPE',
-      op: 'writeSafetensors',
-      argument: name,
-      expected: types[dtype].name,
-      actual,
-    });
-  }
+function checkType({ name, dtype }: SafetensorsInput, data: SafetensorsArray): void {
+  if (data instanceof types[dtype]) return;
+  const actual = Object.prototype.toString.call(data).slice(8, -1);
+  throw new DTypeError(`writeSafetensors: tensor ${show(name)} of dtype ${dtype} needs a ${types[dtype].name}, not ${actual}`, {
+    code: 'ERR_DTYPE',
+    op: 'writeSafetensors',
+    argument: name,
+    expected: types[dtype].name,
+    actual,
+  });
+}
+
+function checkCount({ name, shape }: SafetensorsInput, actual: number): void {
   const count = countOf(name, shape);
-  if (data.length !== count) {
-    const message = `tensor ${show(name)} of shape [${shape.join(', ')}] needs ${count} values, its data has ${data.length}`;
-    throw new ShapeError(`writeSafetensors: ${message}`, {
-      code: 'ERR_SHAPE',
-      op: 'writeSafetensors',
-      argument: name,
-      expected: String(count),
-      actual: String(data.length),
-    });
-  }
+  if (actual === count) return;
+  const message = `tensor ${show(name)} of shape [${shape.join(', ')}] needs ${count} values, its data has ${actual}`;
+  throw new ShapeError(`writeSafetensors: ${message}`, {
+    code: 'ERR_SHAPE',
+    op: 'writeSafetensors',
+    argument: name,
+    expected: String(count),
+    actual: String(actual),
+  });
 }
 
 /** Bytes of a tensor that is to be written. @throws ShapeError */

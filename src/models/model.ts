@@ -76,7 +76,8 @@ export interface SaveOptions {
 }
 
 /**
- * Writes config.json, the weights and the tokenizer into a folder, each beside and renamed. Transformers loads it.
+ * Writes config.json, the weights and the tokenizer into a folder, each beside and renamed. Transformers loads it. Weights are read piece by
+ * piece: nothing may train them meanwhile.
  * @throws ConfigError for a model of weights of few bits.
  */
 export async function saveModel(

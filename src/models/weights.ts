@@ -8,8 +8,7 @@ import type { DType } from '../tensor/dtype.ts';
 import { sync } from '../tensor/engine.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { widenBf16, widenHalf } from '../tensor/half.ts';
-import { keep } from '../tensor/scope.ts';
-import { readAs } from '../tensor/tensor.ts';
+import { piecesOf, type Tensor } from '../tensor/tensor.ts';
 import { type FileLayout, fileLayout, type ModelConfig, type Place } from './registry.ts';
 
 /** A parameter and where it lies in files. */
@@ -200,25 +199,30 @@ export async function writeParameters(
       },
     );
   }
-  // One read of the flat tensor is one consistent moment of training.
-  const other = values.dtype === dtype ? undefined : keep(cast(values, dtype));
-  const flat: Float32Array | Uint16Array = await readAs(other ?? values, dtype).finally(() => other?.dispose());
   const places = new Map(list.map(({ name, tensor, offset }) => [name, { offset, size: tensor.size }]));
   const type = dtype === 'f32' ? Float32Array : Uint16Array;
   const inputs = [...partsOf(parameters, fileLayout(config))].map(([name, parts]): SafetensorsInput => {
-    const [{ shape }] = parts as [Part, ...Part[]];
-    const own = parts.map((part) => {
-      const { offset, size } = places.get(part.name)!;
-      return { ...part, data: flat.subarray(offset, offset + size) };
-    });
-    const whole = (): Float32Array | Uint16Array => {
-      const [only] = own;
-      if (own.length === 1 && !only!.transposed) return only!.data;
+    const [{ shape, transposed }] = parts as [Part, ...Part[]];
+    const read = ({ name }: Part) => {
+      const { offset, size } = places.get(name)!;
+      const as = values.dtype === dtype ? undefined : (piece: Tensor) => cast(piece, dtype);
+      return piecesOf(values, offset, offset + size, as) as AsyncIterable<Float32Array | Uint16Array>;
+    };
+    const whole = async (): Promise<Float32Array | Uint16Array> => {
       const all = new type(shape.reduce((a, b) => a * b, 1));
-      for (const part of own) place(all, part, part.data);
+      for (const part of parts) {
+        const own = new type(places.get(part.name)!.size);
+        let at = 0;
+        for await (const piece of read(part)) {
+          own.set(piece, at);
+          at += piece.length;
+        }
+        place(all, part, own);
+      }
       return all;
     };
-    return { name, dtype: dtype === 'f32' ? 'F32' : 'BF16', shape, data: whole };
+    const data = () => (parts.length === 1 && !transposed ? read(parts[0]!) : whole());
+    return { name, dtype: dtype === 'f32' ? 'F32' : 'BF16', shape, data };
   });
   await writeWeights(folder, inputs, shardBytes);
 }

@@ -2,7 +2,7 @@ import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './
 import { type Device, deviceNumber, devices, io, native, typed, withDevice } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
 import type { Recipe } from './saved.ts';
-import { keep, track, untrack } from './scope.ts';
+import { keep, scope, track, untrack } from './scope.ts';
 
 /** Where the gradient of a parameter goes. It takes memory from its first write until it is dropped. */
 export interface GradientSink {
@@ -70,6 +70,14 @@ export class Tensor {
    * @throws whatever stopped the work before it: each error reaches the reads that depend on it.
    */
   async read(): Promise<DataArray> {
+    if (this.size >= 2 ** 32) {
+      throw new ShapeError(`read: ${this.size} elements do not fit into one array; read parts of it, as rows() shows them`, {
+        code: 'ERR_SHAPE',
+        op: 'read',
+        expected: 'fewer than 2^32 elements',
+        actual: String(this.size),
+      });
+    }
     const into = new arrayTypes[this.dtype](this.size);
     const caller = new Error();
     try {
@@ -189,9 +197,16 @@ export function tensor(data: readonly number[] | DataArray, shape?: readonly num
   return t;
 }
 
+// Elements of a large tensor that pass through JavaScript at a time, whose arrays have at most 2^32.
+const pieceSize = 1 << 24;
+
 /** A tensor of zeros. */
 export function zeros(shape: readonly number[], dtype: DType = 'f32'): Tensor {
-  return tensor(new arrayTypes[dtype](shape.reduce((n, d) => n * d, 1)), shape, dtype);
+  const t = empty(shape, dtype);
+  const piece = new arrayTypes[dtype](Math.min(t.size, pieceSize));
+  if (piece.length === t.size) write(t, piece);
+  else for (let at = 0; at < t.size; at += pieceSize) writeAt(t, at, piece.subarray(0, t.size - at));
+  return t;
 }
 
 function dtypeOf(data: readonly number[] | DataArray): DType {
@@ -272,6 +287,23 @@ export async function readAs<D extends DType>(t: Tensor, dtype: D): Promise<Arra
     });
   }
   return (await t.read()) as ArrayOf[D];
+}
+
+/**
+ * Reads elements `from` up to, not including, `to`, in pieces: a large tensor does not fit into one array. Nothing may write to it meanwhile.
+ * @param as what a piece is read as
+ * @internal
+ */
+export async function* piecesOf(
+  t: Tensor,
+  from = 0,
+  to = t.size,
+  as: (piece: Tensor) => Tensor = (piece) => piece,
+): AsyncGenerator<DataArray, void, undefined> {
+  for (let at = from; at < to; at += pieceSize) {
+    const piece = keep(scope(() => as(viewOf(t, [Math.min(pieceSize, to - at)], at))));
+    yield await piece.read().finally(() => piece.dispose());
+  }
 }
 
 /** A copy of `t` on another device, once the work before has run; the caller frees both. */

@@ -6,7 +6,7 @@ import { replaceFolder, writeAtomic } from '../io/atomic.ts';
 import { openSafetensors, writeSafetensors } from '../io/safetensors.ts';
 import { checkpointFolder, pruneCheckpoints } from '../models/folder.ts';
 import { FormatError } from '../tensor/errors.ts';
-import { type Tensor, writeAt } from '../tensor/tensor.ts';
+import { piecesOf, type Tensor, writeAt } from '../tensor/tensor.ts';
 import type { RunConfig } from './config.ts';
 import type { Evaluations } from './events.ts';
 import type { Optimizer } from './optimizer.ts';
@@ -49,14 +49,14 @@ export async function saveCheckpoint(
   await mkdir(dirname(path), { recursive: true });
   await replaceFolder(path, async (into) => {
     await parts.save(into);
-    // One at a time: a moment is as large as the model.
+    // In pieces: a moment is as large as the model.
     await writeSafetensors(
       join(into, names.optimizer),
       Object.entries(parts.optimizer.state).map(([name, t]) => ({
         name,
         dtype: fileDType(t),
         shape: [...t.shape],
-        data: () => t.read() as Promise<Float32Array | Uint8Array>,
+        data: () => piecesOf(t) as AsyncIterable<Float32Array | Uint8Array>,
       })),
       { step: String(state.step) },
     );

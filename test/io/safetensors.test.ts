@@ -130,13 +130,23 @@ describe('writing', () => {
     ];
     const name = fc.oneof(fc.string({ unit: 'grapheme' }), fc.constantFrom('__proto__', 'constructor', '1', '', '"', '\\'));
     const input = fc
-      .record({ name, kind: fc.nat(arrays.length - 1), shape: fc.array(fc.nat(4), { maxLength: 4 }), lazy: fc.boolean() })
-      .chain(({ name, kind, shape, lazy }) => {
+      .record({
+        name,
+        kind: fc.nat(arrays.length - 1),
+        shape: fc.array(fc.nat(4), { maxLength: 4 }),
+        given: fc.nat(2),
+        cut: fc.nat(),
+      })
+      .chain(({ name, kind, shape, given, cut }) => {
         const [dtype, view, size] = arrays[kind]!;
         const bytes = size * shape.reduce((a, b) => a * b, 1);
         return fc.uint8Array({ minLength: bytes, maxLength: bytes }).map((raw) => {
           const data = view(Uint8Array.from(raw)) as Uint8Array;
-          return { name, dtype, shape, data: lazy ? () => data : data, raw };
+          const at = cut % (data.length + 1);
+          const pieces = async function* () {
+            yield* [data.subarray(0, at), data.subarray(at)];
+          };
+          return { name, dtype, shape, data: [data, () => data, pieces][given]!, raw };
         });
       });
     const unique = fc.uniqueArray(input, { selector: (t) => t.name, maxLength: 8 });

@@ -146,6 +146,16 @@ test('27B to 2B on one GPU: nothing is allocated, and the advice makes it fit', 
   expect(planned.step.seconds).toBeLessThan(2 * least);
 });
 
+test('a student of 9B whose moments have more elements than an array can', async () => {
+  const run = {
+    ...{ kind: 'pretrain', output: 'x', data: { text: 'x' }, tokenizer: { train: { vocabSize: 256_000 } }, model: 'gemma2-9b' },
+    ...{ device: 'cuda', steps: 1, batch: { sequences: 1, length: 64 }, optimizer: { moments: '8bit', master: false } },
+  } as RunInput;
+  const { memory, fits } = await plan(run, { device: 'h200' });
+  expect(fits).toBe(true);
+  expect(memory.optimizer).toBeGreaterThan(2 * 9.2e9);
+});
+
 test('an unknown device is refused with those that are known', async () => {
   await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(ConfigError);
   await expect(plan(teacherRun(), { device: 'abacus' })).rejects.toThrow(/h100/);

@@ -1,9 +1,9 @@
 import { expect, test } from 'vitest';
-import { memory, sync } from '../../src/tensor/engine.ts';
+import { memory, rehearse, sync } from '../../src/tensor/engine.ts';
 import { op } from '../../src/tensor/op.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad, recompute, valueAndGrad, zeroGrad } from '../../src/tensor/tape.ts';
-import { empty, parameter, type Tensor, tensor } from '../../src/tensor/tensor.ts';
+import { empty, parameter, piecesOf, type Tensor, tensor, zeros } from '../../src/tensor/tensor.ts';
 
 const add = op({ forward: 'add(a[*], b[*]) -> y[*]', backward: 'add_backward(dy[*]) -> da = dy, db = dy' });
 const mul = op({ forward: 'mul(a[*], b[*]) -> y[*]', backward: 'mul_backward(dy[*], a[*], b[*]) -> da[*]+, db[*]+' });
@@ -13,6 +13,24 @@ test('elements go in and come out', async () => {
   using t = tensor([1, 2, 3, 4, 5, 6], [2, 3]);
   expect([...(await t.read())]).toEqual([1, 2, 3, 4, 5, 6]);
   expect(t.shape).toEqual([2, 3]);
+});
+
+test('large tensors pass in pieces, and those that no array can hold are refused by name', async () => {
+  const size = 2 ** 24 + 5;
+  using zero = zeros([size], 'u8');
+  using ramp = tensor(Uint8Array.from({ length: size }, (_, i) => i % 251));
+  let at = 3;
+  for await (const piece of piecesOf(ramp, 3)) {
+    expect(Buffer.compare(piece as Uint8Array, ((await ramp.read()) as Uint8Array).subarray(at, at + piece.length))).toBe(0);
+    at += piece.length;
+  }
+  expect(at).toBe(size);
+  expect(((await zero.read()) as Uint8Array).every((x) => x === 0)).toBe(true);
+  expect(() => zeros([2, -1])).toThrow(expect.objectContaining({ code: 'ERR_SHAPE' }));
+  await rehearse({ kind: 'cpu', flops: 1, fastFlops: 1, bandwidth: 1, memory: 1 }, async () => {
+    using large = zeros([2 ** 33], 'u8');
+    await expect(large.read()).rejects.toMatchObject({ code: 'ERR_SHAPE', expected: 'fewer than 2^32 elements' });
+  });
 });
 
 test('a scope frees all but what it returns', () => {
