@@ -21,6 +21,8 @@ std::string shape_text(const View& v) {
 
 namespace {
 
+constexpr size_t kMaxSymbols = 32;
+
 class Parser {
  public:
   explicit Parser(std::string_view text) : text_(text) { sig_.text = text; }
@@ -40,8 +42,8 @@ class Parser {
       while (take(','));
     }
     if (at_ != text_.size()) fail("text after the last output");
-    if (sig_.in.size() > kMaxTensors || sig_.out.size() > kMaxTensors || sig_.scalars.size() > kMaxScalars)
-      fail("more tensors or scalars than a call can carry");
+    if (sig_.in.size() > kMaxTensors || sig_.out.size() > kMaxTensors || sig_.scalars.size() > kMaxScalars || sig_.symbols.size() > kMaxSymbols)
+      fail("more tensors, scalars or dims than a call can carry");
     return std::move(sig_);
   }
 
@@ -167,8 +169,8 @@ DType compute_dtype(const Signature& sig, const Call& call) {
 // What the dims of one call stand for.
 struct Binding {
   static constexpr int64_t unbound = -1;
-  int64_t symbol[32];
-  const char* from[32];  // the tensor that bound it, for the error text
+  int64_t symbol[kMaxSymbols];
+  const char* from[kMaxSymbols];  // the tensor that bound it, for the error text
   int64_t star[kMaxRank];
   int star_rank = -1;
 };
@@ -252,11 +254,17 @@ void Signature::bind(Call& call, bool computes_bf16) const {
     const TensorSpec& spec = out[i];
     v.dtype = output_dtype(spec.dtype, compute);
     v.rank = 0;
+    const auto add = [&](int64_t size) {
+      if (v.rank == kMaxRank)
+        throw Error(ErrorKind::shape, "ERR_RANK", op + ": output " + spec.name + " would have more than " + std::to_string(kMaxRank) + " dims; the op is " + this->text)
+            .in(op).on(spec.name);
+      v.dims[v.rank++] = size;
+    };
     for (const Dim& d : spec.dims) {
       if (d.kind == Dim::star) {
-        for (int k = 0; k < b.star_rank; ++k) v.dims[v.rank++] = b.star[k];
+        for (int k = 0; k < b.star_rank; ++k) add(b.star[k]);
       } else if (d.kind == Dim::fixed) {
-        v.dims[v.rank++] = d.value;
+        add(d.value);
       } else {
         int64_t size = b.symbol[d.value];
         if (size == Binding::unbound) {
@@ -267,7 +275,7 @@ void Signature::bind(Call& call, bool computes_bf16) const {
             throw Error(ErrorKind::shape, "ERR_SHAPE", op + ": nothing says how large " + symbols[d.value] + " of output " + spec.name + " is; the op is " + this->text)
                 .in(op).on(spec.name);
         }
-        v.dims[v.rank++] = size;
+        add(size);
       }
     }
   }

@@ -2,7 +2,7 @@
 
 import { isUtf8 } from 'node:buffer';
 import { open, stat } from 'node:fs/promises';
-import { DataError } from '../tensor/errors.ts';
+import { ConfigError, DataError } from '../tensor/errors.ts';
 import { pieceEnd } from '../tokenizer/train.ts';
 import { expandPaths, readError } from './paths.ts';
 
@@ -77,8 +77,17 @@ const chunkBytes = 1 << 22;
 /**
  * Plain text: files, folders (`.txt`, `.md`, `.text`) or globs. Empty documents are left out, a byte order mark too.
  * Reading throws DataError `ERR_UTF8` naming file and byte; FileError `ERR_READ`; DataError `ERR_NO_FILES`.
+ * @throws ConfigError for an empty separator
  */
 export function textFiles(paths: string | readonly string[], options: TextFilesOptions = {}): TextSource {
+  if (options.separator === '') {
+    throw new ConfigError('textFiles: separator is empty; leave it out where a file is one document', {
+      code: 'ERR_CONFIG',
+      op: 'textFiles',
+      argument: 'separator',
+      expected: 'a text that is not empty',
+    });
+  }
   const expand = () => expandPaths(paths, ['.txt', '.md', '.text']);
   return {
     kind: 'text',

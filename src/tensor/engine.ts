@@ -62,7 +62,17 @@ function start(
   device: Device,
   { threads = availableParallelism(), memoryLimit = 0, isa = '', gpu = 0, workspaceLimit = 0 }: EngineOptions,
 ): void {
+  if (device !== 'cpu' && device !== 'cuda') {
+    throw new ConfigError(`init: device is '${device}'; give 'cpu' or 'cuda'`, {
+      code: 'ERR_CONFIG',
+      op: 'init',
+      argument: 'device',
+      expected: 'cpu or cuda',
+      actual: device,
+    });
+  }
   check('threads', threads, 1, 1024);
+  check('memoryLimit', Math.floor(memoryLimit), 0, 2 ** 46);
   check('gpu', gpu, 0, 63);
   check('workspaceLimit', workspaceLimit, 0, 2 ** 40);
   const loaded = loadNative();

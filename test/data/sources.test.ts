@@ -39,6 +39,9 @@ test('a file is a document, or several with a separator', async () => {
   const source = textFiles(b);
   expect(await read(source)).toEqual(await read(source));
   expect(await source.files()).toEqual([{ file: b, bytes: 26, changed: expect.any(Number) }]);
+  expect(() => textFiles(folder, { separator: '' })).toThrow(
+    expect.objectContaining({ code: 'ERR_CONFIG', argument: 'separator' }),
+  );
 });
 
 test('long documents come in parts that make the whole', async () => {

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
-import { memory, rehearse, sync } from '../../src/tensor/engine.ts';
+import { embedding } from '../../src/ops/embedding.ts';
+import { type EngineOptions, init, memory, rehearse, shutdown, started, sync } from '../../src/tensor/engine.ts';
 import { op } from '../../src/tensor/op.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad, recompute, valueAndGrad, zeroGrad } from '../../src/tensor/tape.ts';
@@ -62,6 +63,29 @@ test('shape and dtype errors name op, argument and sizes', () => {
     expect.objectContaining({ name: 'DTypeError', op: 'add', argument: 'b', expected: 'f32', actual: 'i32' }),
   );
   expect(() => add(a, undefined)).toThrow(expect.objectContaining({ code: 'ERR_MISSING_ARGUMENT' }));
+});
+
+test('signatures and shapes beyond what a call can carry are refused', () => {
+  const dims = Array.from({ length: 40 }, (_, i) => `d${i}`).join(' ');
+  expect(() => op({ forward: `copy(x[${dims}]) -> y[${dims}]` })(undefined)).toThrow(
+    expect.objectContaining({ code: 'ERR_SIGNATURE' }),
+  );
+  using ids = tensor(new Int32Array(1), [1, 1, 1, 1, 1, 1]);
+  using table = tensor([1, 2], [1, 2]);
+  expect(() => embedding(ids, table)).toThrow(expect.objectContaining({ code: 'ERR_RANK', op: 'embedding', argument: 'y' }));
+});
+
+test('options of an engine that make no sense are refused before it starts', () => {
+  shutdown();
+  for (const [options, argument] of [
+    [{ memoryLimit: -1 }, 'memoryLimit'],
+    [{ memoryLimit: Number.NaN }, 'memoryLimit'],
+    [{ threads: 1.5 }, 'threads'],
+    [{ device: 'gpu' }, 'device'],
+    [{ device: 'plan' }, 'device'],
+  ] as const)
+    expect(() => init(options as EngineOptions)).toThrow(expect.objectContaining({ name: 'ConfigError', argument }));
+  expect(started()).toBe(false);
 });
 
 test('no room is a typed error that leaves everything usable', async () => {
