@@ -19,6 +19,7 @@ export const serve = command({
     name: modelArguments['model-name'],
     template: modelArguments.template,
     concurrency: modelArguments.concurrency,
+    threads: modelArguments.threads,
     ...commonArguments,
   },
   examples: `

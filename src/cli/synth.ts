@@ -29,14 +29,16 @@ export const modelArguments = {
   'model-name': { type: 'string', description: "The model's name on a server.", valueHint: 'name' },
   dialect: { type: 'string', description: 'What the server knows beyond OpenAI: vllm, llama.cpp, limbeck.', valueHint: 'name' },
   concurrency: { type: 'string', description: 'Calls at work at once.', valueHint: 'n' },
+  threads: { type: 'string', description: 'Threads of a model in this process.', valueHint: 'n' },
   template: { type: 'string', description: 'Chat template of a local model: a style, or Jinja source.', valueHint: 'style' },
 } as const;
 
-type ModelArguments = { readonly [K in 'model-name' | 'dialect' | 'concurrency' | 'template']?: string | undefined };
+type ModelArguments = { readonly [K in 'model-name' | 'dialect' | 'concurrency' | 'threads' | 'template']?: string | undefined };
 
 /** What the options of {@link modelArguments} say. */
 export function modelSpec(provider: string, args: ModelArguments): ProviderSpec {
   const concurrency = numberOption('concurrency', args.concurrency, 1, true);
+  const threads = numberOption('threads', args.threads, 1, true);
   const dialects = ['openai', 'vllm', 'llama.cpp', 'limbeck'] as const;
   const dialect = dialects.find((name) => name === args.dialect);
   if (args.dialect !== undefined && dialect === undefined) {
@@ -48,6 +50,7 @@ export function modelSpec(provider: string, args: ModelArguments): ProviderSpec 
     ...(args.template === undefined ? {} : { template: args.template }),
     ...(dialect === undefined ? {} : { dialect }),
     ...(concurrency === undefined ? {} : { concurrency }),
+    ...(threads === undefined ? {} : { threads }),
   };
 }
 

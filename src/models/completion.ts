@@ -2,7 +2,7 @@
 import { join } from 'node:path';
 import { init, started } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
-import type { Tokenizer } from '../tokenizer/tokenizer.ts';
+import type { TokenDecoder, Tokenizer } from '../tokenizer/tokenizer.ts';
 import { parseGenerationConfig } from './defaults.ts';
 import { resolveCheckpoint } from './folder.ts';
 import {
@@ -52,7 +52,7 @@ export async function* streamText(
   prompt: Prompt,
   options: TextOptions = {},
 ): AsyncGenerator<TextPiece, void, undefined> {
-  const text = textWriter(tokenizer, options);
+  const text = textWriter(tokenizer.decoder({ skipSpecial: true }), options.stop);
   const request = requestOf(tokenizer, prompt, options, text);
   for await (const event of generateTokens(model, [request], batchOptions(tokenizer, options))) {
     if (event.type === 'end') yield { text: text.end(), tokens: [], finish: event.reason };
@@ -105,7 +105,7 @@ export async function* completions(
 ): AsyncGenerator<TextCompletion, void, undefined> {
   const states = prompts.map((prompt, index) => {
     const own = { ...options, seed: (options.seed ?? 0) + index, ...options.each?.(index) };
-    const text = textWriter(tokenizer, own);
+    const text = textWriter(tokenizer.decoder({ skipSpecial: true }), own.stop);
     return { text, request: requestOf(tokenizer, prompt, own, text), tokens: [] as TextToken[] };
   });
   const requests = states.map(({ request }) => request);
@@ -144,7 +144,7 @@ export function textRequest(
   prompt: Prompt,
   options: Omit<TextOptions, 'signal'>,
 ): { readonly request: TokenRequest; readonly text: TextWriter } {
-  const text = textWriter(tokenizer, options);
+  const text = textWriter(tokenizer.decoder({ skipSpecial: true }), options.stop);
   return { text, request: requestOf(tokenizer, prompt, options, text) };
 }
 
@@ -170,10 +170,9 @@ export interface TextWriter {
 }
 
 /** From ids to text that ends before the first stop text. */
-function textWriter(tokenizer: Tokenizer, { stop = [] }: TextOptions): TextWriter {
+export function textWriter(decoder: TokenDecoder, stop: string | readonly string[] = []): TextWriter {
   const stops = typeof stop === 'string' ? [stop] : stop;
   for (const [i, text] of stops.entries()) check(`stop[${i}]`, JSON.stringify(text), text !== '', 'a text that is not empty');
-  const decoder = tokenizer.decoder({ skipSpecial: true });
   let ready = '';
   let held = ''; // may be the beginning of a stop text
   let stopped = false;

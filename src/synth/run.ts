@@ -33,6 +33,7 @@ function makeSchema() {
         .optional()
         .describe("What a server knows beyond OpenAI's fields."),
       concurrency: count().optional().describe('Calls at work at once.'),
+      threads: count().optional().describe('Threads of a model in this process.'),
       template: z.string().min(1).optional().describe('Chat template of a local model: a style, or Jinja source.'),
     }),
   ]);

@@ -1,19 +1,18 @@
 // Holding a text to given choices, token by token.
 
 import { ConfigError } from '../../tensor/errors.ts';
-import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 
 /**
- * Which ids may follow those generated so far, so that the text is one of `choices` and then ends; `end` is the id that ends it.
- * A choice is taken as the tokenizer encodes it.
+ * Which ids may follow those generated so far, so that the text is one of the choices and then ends.
+ * @param encoded the ids of each choice
+ * @param size ids that there are
+ * @param ends ids that end a text
  */
 export function choiceMask(
-  choices: readonly string[],
-  tokenizer: Tokenizer,
+  encoded: readonly ArrayLike<number>[],
   size: number,
-  end: number,
+  ends: readonly number[],
 ): (generated: readonly number[]) => Uint8Array {
-  const encoded = choices.map((choice) => tokenizer.encode(choice, { special: false }));
   if (encoded.length === 0 || encoded.some((ids) => ids.length === 0)) {
     throw new ConfigError('choices: none of them may be empty', { code: 'ERR_CONFIG', op: 'generate', argument: 'choices' });
   }
@@ -21,7 +20,7 @@ export function choiceMask(
     const mask = new Uint8Array(size);
     for (const ids of encoded) {
       if (generated.length > ids.length || generated.some((id, i) => ids[i] !== id)) continue;
-      mask[generated.length === ids.length ? end : ids[generated.length]!] = 1;
+      for (const id of generated.length === ids.length ? ends : [ids[generated.length]!]) mask[id] = 1;
     }
     return mask;
   };

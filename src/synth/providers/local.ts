@@ -109,7 +109,13 @@ export function localProvider(options: LocalOptions): Provider {
       );
     }
     const allow =
-      choices === undefined ? undefined : choiceMask(choices, tokenizer, vocabularyOf(tokenizer, model), tokenizer.eos!);
+      choices === undefined
+        ? undefined
+        : choiceMask(
+            choices.map((choice) => tokenizer.encode(choice, { special: false })),
+            vocabularyOf(tokenizer, model),
+            [tokenizer.eos!, ...(stopIds ?? [])],
+          );
     const { request, text } = textRequest(tokenizer, ids, {
       tokens: Math.min(maxTokens, model.config.context - ids.length),
       temperature,

@@ -1,7 +1,6 @@
 // A provider from what one writes on a command line or in a run file.
 
 import { ConfigError } from '../../tensor/errors.ts';
-import type { ChatTemplate } from '../../tokenizer/chat.ts';
 import type { Provider } from '../provider.ts';
 import { ollamaProvider } from './ollama.ts';
 import { type OpenAIOptions, openaiProvider } from './openai.ts';
@@ -19,13 +18,15 @@ export interface ProviderSpec {
   readonly dialect?: OpenAIOptions['dialect'];
   /** Calls at work at once. */
   readonly concurrency?: number;
+  /** Threads of a model in this process. Default: of ours all cores, of a .gguf file all but one. */
+  readonly threads?: number;
   /** Chat template of a local model: the name of a style, or Jinja source. Default: the model's own. */
   readonly template?: string;
 }
 
 /** Opens a provider. @throws ConfigError, FormatError */
 export async function openProvider(spec: ProviderSpec): Promise<Provider> {
-  const { provider, model, concurrency, dialect, template } = spec;
+  const { provider, model, concurrency, dialect, template, threads } = spec;
   const key = spec.key ?? process.env.LIMBECK_API_KEY;
   const common = { ...(concurrency === undefined ? {} : { concurrency }), ...(key === undefined ? {} : { key }) };
   if (/^https?:\/\//.test(provider)) {
@@ -41,23 +42,18 @@ export async function openProvider(spec: ProviderSpec): Promise<Provider> {
   if (provider.startsWith('ollama:')) return ollamaProvider({ model: provider.slice('ollama:'.length), ...common });
   if (provider.endsWith('.gguf')) {
     const { openLlamaProvider } = await import('./llama.ts');
-    const chat = template === undefined ? undefined : await styled(template);
     return openLlamaProvider({
       file: provider,
       ...(concurrency === undefined ? {} : { sequences: concurrency }),
-      ...(chat === undefined ? {} : { template: chat }),
+      ...(threads === undefined ? {} : { threads }),
+      ...(template === undefined ? {} : { template }),
     });
   }
   const { openLocalProvider } = await import('./local.ts');
   return openLocalProvider(provider, {
     ...(concurrency === undefined ? {} : { batch: concurrency }),
+    ...(threads === undefined ? {} : { threads }),
     ...(template === undefined ? {} : { template }),
     ...(model === undefined ? {} : { name: model }),
   });
-}
-
-/** A template without a tokenizer: special tokens as the style itself spells them. */
-async function styled(template: string): Promise<ChatTemplate> {
-  const { chatTemplate } = await import('../../tokenizer/chat.ts');
-  return chatTemplate(template, { bos: undefined, eos: undefined, pad: undefined, unk: undefined, token: () => undefined });
 }
