@@ -157,8 +157,8 @@ const advice: Record<string, string> = {
   EISDIR: 'the path is a folder; give the path of a file',
 };
 
-/** What the system refused becomes a FileError; anything else (the caller's own error) stays what it is. */
-function writeError(path: string, error: unknown): unknown {
+/** @internal What the system refused becomes a FileError; anything else (the caller's own error) stays what it is. */
+export function writeError(path: string, error: unknown): unknown {
   const code = systemCode(error);
   if (code === undefined) return error;
   const reason = advice[code] ?? (error as Error).message;

@@ -6,10 +6,10 @@ import { readdir, readFile, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { chunksOf } from '../data/source.ts';
 import { isPartial, writeAtomic } from '../io/atomic.ts';
+import { lockFolder } from '../io/lock.ts';
 import { ConfigError, DataError } from '../tensor/errors.ts';
 import { checkSeed, randomBlock } from '../tensor/random.ts';
 import { linesAt, lineWriter, openJournal } from './journal.ts';
-import { lockFolder } from './lock.ts';
 import { isTooLong } from './provider.ts';
 
 /** What a stage makes of a record: a new record, or a reason why there is none. */

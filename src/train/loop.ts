@@ -4,6 +4,7 @@
 import type { Loader } from '../data/dataset.ts';
 import type { Batch } from '../data/pack.ts';
 import type { Malformed } from '../data/source.ts';
+import { lockFolder } from '../io/lock.ts';
 import { generateText } from '../models/completion.ts';
 import { checkpointFolder, latestCheckpoint, setAside } from '../models/folder.ts';
 import { type LanguageModel, saveModel } from '../models/model.ts';
@@ -83,6 +84,16 @@ export async function* trainingLoop(
   parts: TrainingParts,
   options: LoopOptions = {},
 ): AsyncGenerator<TrainEvent, void, undefined> {
+  // Two runs in one folder would remove each other's checkpoints.
+  const lock = await lockFolder(parts.run.output);
+  try {
+    yield* train(parts, options);
+  } finally {
+    await lock.release();
+  }
+}
+
+async function* train(parts: TrainingParts, options: LoopOptions): AsyncGenerator<TrainEvent, void, undefined> {
   const { run, model, data, tokenizer } = parts;
   const steps = plannedSteps(run);
   const started = performance.now();
@@ -119,11 +130,12 @@ export async function* trainingLoop(
     };
     const { malformedCount, malformed } = data.report;
     if (malformedCount > 0) {
-      const [one] = malformed;
+      const named = malformed.slice(0, 3).map(({ file, line, reason }) => `${file}:${line}: ${reason}`);
+      const more = malformedCount > named.length ? `; and ${malformedCount - named.length} more` : '';
       yield {
         type: 'warning',
         code: 'WARN_MALFORMED',
-        message: `${malformedCount} malformed line(s) were left out; the first is ${one?.file}:${one?.line}: ${one?.reason}`,
+        message: `${malformedCount === 1 ? '1 malformed line was' : `${malformedCount} malformed lines were`} left out: ${named.join('; ')}${more}`,
         count: malformedCount,
         malformed: malformed.slice(0, 10),
       };

@@ -5,8 +5,8 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { lockFolder } from '../../src/io/lock.ts';
 import { openJournal } from '../../src/synth/journal.ts';
-import { lockFolder } from '../../src/synth/lock.ts';
 import {
   digest,
   jsonlRecords,

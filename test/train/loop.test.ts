@@ -178,6 +178,17 @@ describe('pretraining', () => {
   });
 });
 
+test('a folder takes one run at a time', async () => {
+  const shared = run('shared', { tokenizer: tokenizer() });
+  const one = pretrain(shared);
+  await one.next();
+  await expect(pretrain(shared).next()).rejects.toMatchObject({ code: 'ERR_LOCKED' });
+  await one.return();
+  const again = pretrain(shared);
+  expect((await again.next()).value).toMatchObject({ type: 'start' });
+  await again.return();
+});
+
 describe('distillation', () => {
   const student = (output: string, changes: object = {}): RunInput =>
     ({
