@@ -87,7 +87,7 @@ export async function openInstructions(options: InstructionOptions): Promise<Ins
   if (typeof validation === 'string' || Array.isArray(validation)) {
     held = await readAll(validation, options, counts);
   } else if (validation !== undefined) {
-    const out = new Set(holdOut(validation as Held, all.length, seed));
+    const out = new Set(holdOut(validation as Held, all.length, seed, usable(counts)));
     train = all.filter((_, i) => !out.has(i));
     held = all.filter((_, i) => out.has(i));
   }
@@ -124,6 +124,12 @@ interface Counts {
   malformed: Malformed[];
   truncated: number;
   dropped: number;
+}
+
+/** What is divided into training and held-out data, for errors. */
+function usable({ malformedCount, malformed: [first] }: Counts): string {
+  if (first === undefined) return 'conversations';
+  return `conversations that can be used (${malformedCount} cannot; the first is ${first.file}:${first.line}: ${first.reason})`;
 }
 
 interface Read {

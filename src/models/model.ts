@@ -177,6 +177,12 @@ const loadGguf = (file: GgufModel, options: LoadOptions): Promise<LanguageModel>
 async function loadInto(folder: string, config: ModelConfig, options: LoadOptions): Promise<LanguageModel> {
   const base = await adapterBase(folder);
   if (base === undefined) return filled(config, options, (parameters) => readParameters(folder, config, parameters));
+  if (options.weights !== undefined && (await adapterBase(base)) !== undefined) {
+    throw new ConfigError(
+      `${base}: the base is an adapter itself, and weights of few bits (${options.weights}) cannot take it; write the two as one model first: limbeck export ${base} --to safetensors`,
+      { code: 'ERR_CONFIG', op: 'loadModel', argument: 'weights', actual: options.weights },
+    );
+  }
   const model = await loadWeights(base, options);
   try {
     const adapter = await loadAdapter(folder, model);
@@ -218,18 +224,24 @@ const has = (folder: string, name: string): Promise<boolean> =>
     () => false,
   );
 
-/** The base of a folder that holds an adapter and no model. @throws FormatError when it names none */
-async function adapterBase(folder: string): Promise<string | undefined> {
+/**
+ * The base of a folder that holds an adapter and no model: a model, or an adapter that was trained before. Undefined for other folders.
+ * @param outer adapters that were trained on this one
+ * @throws FormatError when it names none
+ */
+export async function adapterBase(folder: string, outer: readonly string[] = []): Promise<string | undefined> {
   if ((await has(folder, configFile)) || !(await has(folder, adapterConfigFile))) return undefined;
   const path = join(folder, adapterConfigFile);
-  const { base_model_name_or_path: base } = (await readJson(path)) as Record<string, unknown>;
-  if (typeof base === 'string') {
-    const path = resolve(folder, base);
-    if (isGguf(path) || (await has(path, configFile))) return path;
+  const { base_model_name_or_path: named } = (await readJson(path)) as Record<string, unknown>;
+  if (typeof named === 'string') {
+    const base = resolve(folder, named);
+    if (isGguf(base) || (await has(base, configFile))) return base;
+    const chain = [...outer, resolve(folder)];
+    if (!chain.includes(base) && (await adapterBase(base, chain)) !== undefined) return base;
   }
   throw new FormatError(
-    `${path}: base_model_name_or_path is ${JSON.stringify(base)}, expected the folder of the model that the adapter belongs to; or load that model, then loadAdapter(folder, model)`,
-    { code: 'ERR_CHECKPOINT', op: 'loadModel', argument: 'base_model_name_or_path', actual: JSON.stringify(base) },
+    `${path}: base_model_name_or_path is ${JSON.stringify(named)}, expected the folder of the model that the adapter belongs to; or load that model, then loadAdapter(folder, model)`,
+    { code: 'ERR_CHECKPOINT', op: 'loadModel', argument: 'base_model_name_or_path', actual: JSON.stringify(named) },
   );
 }
 

@@ -5,7 +5,7 @@ import type { Batch } from '../data/pack.ts';
 import { evaluateModel } from '../evaluate/evaluate.ts';
 import { loadAdapter, saveAdapter } from '../models/adapter.ts';
 import { resolveCheckpoint } from '../models/folder.ts';
-import { type LanguageModel, loadModel, saveModel } from '../models/model.ts';
+import { adapterBase, type LanguageModel, loadModel, saveModel } from '../models/model.ts';
 import { type Adapter, createAdapter, setDropout } from '../nn/lora.ts';
 import { linearCrossEntropy } from '../ops/loss.ts';
 import { addNoise } from '../ops/random.ts';
@@ -42,6 +42,12 @@ export async function* finetune(
   const resume = await resumePoint(parsed);
   // Checkpoints of an adapter hold the adapter alone.
   const folder = resume === undefined || parsed.adapter !== undefined ? await resolveCheckpoint(parsed.model) : resume;
+  if (parsed.base !== undefined && (await adapterBase(folder)) !== undefined) {
+    throw new ConfigError(
+      `${parsed.name}: model is ${folder}, an adapter, and a base of few bits (${parsed.base}) cannot take it; leave base out, or write the two as one model first: limbeck export ${parsed.model} --to safetensors`,
+      { code: 'ERR_CONFIG', op: 'finetune', argument: 'base', expected: 'no base beside an adapter', actual: parsed.base },
+    );
+  }
   let model: LanguageModel | undefined;
   let adapter: Adapter | undefined;
   try {

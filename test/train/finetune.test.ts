@@ -192,6 +192,26 @@ describe('with an adapter', () => {
     expect(scores(again)[0]).toBeCloseTo(scores(one).at(-1)!, 3);
   });
 
+  test('a second adapter is trained on the first, loads with it, and goes on', async () => {
+    const first = await collect(finetune(run('first', { ...settings, steps: 2 })));
+    const second = run('second', { ...settings, model: join(folder, 'first'), steps: 2 });
+    const events = await collect(finetune(second));
+    expect(scores(events)[0]).toBeCloseTo(scores(first).at(-1)!, 3);
+    const more = await collect(finetune({ ...second, steps: 3 }));
+    expect(more[0]).toMatchObject({ type: 'start', resumedFrom: { step: 2 } });
+    const whole = await loadModel((await latestCheckpoint(join(folder, 'second')))!);
+    whole.model.dispose();
+    const rounded = run('rounded', { ...settings, model: join(folder, 'first'), base: 'q4', steps: 1 });
+    await expect(collect(finetune(rounded))).rejects.toMatchObject({ code: 'ERR_CONFIG', argument: 'base' });
+    // Adapters that name each other lead to no model.
+    const config = join((await latestCheckpoint(join(folder, 'first')))!, 'adapter_config.json');
+    const text = await readFile(config, 'utf8');
+    const circle = { ...JSON.parse(text), base_model_name_or_path: (await latestCheckpoint(join(folder, 'second')))! };
+    await writeFile(config, JSON.stringify(circle));
+    await expect(loadModel((await latestCheckpoint(join(folder, 'second')))!)).rejects.toMatchObject({ code: 'ERR_CHECKPOINT' });
+    await writeFile(config, text);
+  });
+
   test('a base of few bits without one is refused', () => {
     expect(() => parseRun(run('refused', { base: 'q4' }))).toThrow(/without an adapter/);
   });
@@ -327,6 +347,14 @@ describe('what is refused or told', () => {
   ])('%s', async (_, changes, argument, text) => {
     const error = await collect(finetune(run('refused', changes))).catch((e: unknown) => e);
     expect(error).toMatchObject({ message: expect.stringContaining(text), ...(argument === undefined ? {} : { argument }) });
+  });
+
+  test('a single row that can be used among others', async () => {
+    const rows = [{ instruction: 'a' }, { instruction: 'Say it.', output: 'It.' }];
+    await writeFile(join(folder, 'single.jsonl'), rows.map((row) => JSON.stringify(row)).join('\n'));
+    const data = { train: join(folder, 'single.jsonl') };
+    const told = /1 conversations that can be used \(1 cannot; the first is .*single.jsonl:1: field "output" is missing\)/;
+    await expect(collect(finetune(run('single', { data })))).rejects.toThrow(told);
   });
 
   test('rows that were cut, left out or malformed', async () => {
