@@ -107,6 +107,18 @@ test('Ctrl-C stops the answer and twice leaves', async () => {
   expect([signals, code]).toEqual([3, 0]);
 });
 
+test('a GGUF file is a model like any other, and brings its template', async () => {
+  const path = join(folder, 'model.gguf');
+  await exportGguf(path, model, tokenizer, { type: 'f32', chatTemplate: chatTemplate('chatml', tokenizer).source });
+  const [own, other] = [await limbeckHere(['generate', folder, ...greedy]), await limbeckHere(['generate', path, ...greedy])];
+  expect([own.code, own.err]).toEqual([0, '']);
+  expect(other).toEqual(own);
+  const talk = await limbeck(['chat', path, ...flags.slice(2)], undefined, 'one two\n');
+  expect([talk.code, talk.err]).toEqual([0, '']);
+  expect(talk.out.trim()).toBe(await answer([{ role: 'user', content: 'one two' }]));
+});
+const greedy = ['--prompt', 'one two', '--temperature', '0', '--tokens', '9'];
+
 test('what cannot work is told', async () => {
   const help = await limbeckHere(['chat', '--help']);
   expect([help.code, help.err]).toEqual([0, '']);
@@ -144,7 +156,7 @@ test('generate: options, events and stops', async () => {
     expect([code, err]).toEqual([2, expect.stringContaining(text)]);
   }
   const range = await limbeckHere([...args, '--top-p', '1.5']);
-  expect([range.code, range.err]).toEqual([1, expect.stringContaining('topP is 1.5, expected above 0, at most 1')]);
+  expect([range.code, range.err]).toEqual([2, expect.stringContaining('--top-p is "1.5"; it must be a number from 0 to 1')]);
   await writeFile(join(folder, 'generation_config.json'), JSON.stringify({ max_new_tokens: 2, do_sample: false }));
   const config = await limbeckHere(['generate', folder, '--prompt', 'one']);
   const [short] = await complete(model, tokenizer, ['one'], { temperature: 0, tokens: 2 });
