@@ -64,7 +64,7 @@ describe('both packages', () => {
       .stdout.split('\n')
       .map((line) => line.replace('package/', ''));
     const tops = [...new Set(listed.filter(Boolean).map((line) => line.split('/')[0]))].sort();
-    const allowed = ['CHANGELOG.md', 'LICENSE', 'README.md', 'binding.gyp', 'dist', 'native', 'package.json', 'scripts'];
+    const allowed = ['CHANGELOG.md', 'LICENSE', 'README.md', 'binding.gyp', 'dist', 'docs', 'native', 'package.json', 'scripts'];
     expect(tops.filter((top) => !allowed.includes(top!))).toEqual([]);
     const needed = ['dist/index.js', 'dist/index.d.ts', 'dist/cli/main.js', 'native/CMakeLists.txt', 'scripts/families.mjs'];
     expect(needed.filter((file) => !listed.includes(file))).toEqual([]);
