@@ -95,11 +95,18 @@ export function allValues(rawArgs: readonly string[], definitions: ArgsDef, name
 }
 
 /** The value of a number option. */
-export function numberOption(name: string, value: string | undefined, least: number, whole = false): number | undefined {
+export function numberOption(
+  name: string,
+  value: string | undefined,
+  least: number,
+  whole = false,
+  most = Number.POSITIVE_INFINITY,
+): number | undefined {
   if (value === undefined) return undefined;
   const parsed = Number(value);
-  if (value.trim() === '' || !(parsed >= least) || (whole && !Number.isInteger(parsed))) {
-    throw new UsageError(`--${name} is "${value}"; it must be a ${whole ? 'whole number' : 'number'} of at least ${least}`);
+  if (value.trim() === '' || !(parsed >= least && parsed <= most) || (whole && !Number.isInteger(parsed))) {
+    const range = most === Number.POSITIVE_INFINITY ? `of at least ${least}` : `from ${least} to ${most}`;
+    throw new UsageError(`--${name} is "${value}"; it must be a ${whole ? 'whole number' : 'number'} ${range}`);
   }
   return parsed;
 }
@@ -120,8 +127,8 @@ export function parseOverrides(pairs: readonly string[]): Record<string, unknown
   );
 }
 
-/** Help of a command: what it does, its arguments and options, and examples to copy. */
-export function usage(definition: Command, parent?: Command): string {
+/** Help of a command: what it does, its arguments and options, and examples to copy. @param parent what is typed before its name */
+export function usage(definition: Command, parent?: string): string {
   const meta = definition.meta as CommandMeta;
   const definitions = Object.entries((definition.args ?? {}) as ArgsDef);
   const hint = (d: ArgsDef[string]) => d.valueHint ?? 'value';
@@ -129,7 +136,8 @@ export function usage(definition: Command, parent?: Command): string {
   const options = definitions.filter(([, d]) => d.type !== 'positional');
   const commands = Object.entries((definition.subCommands ?? {}) as Record<string, Command>);
   const line = [
-    parent ? `${(parent.meta as CommandMeta).name} ${meta.name}` : `${meta.name} <command>`,
+    parent ? `${parent} ${meta.name}` : `${meta.name}`,
+    ...(commands.length > 0 ? ['<command>'] : []),
     ...positionals.map(([name, d]) => (d.required === false ? `[${name}]` : `<${name}>`)),
     '[options]',
   ];

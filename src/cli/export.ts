@@ -116,6 +116,10 @@ limbeck export runs/student --to safetensors --out student
     const notes = await interruptible(
       async (signal) => {
         const folder = await resolveCheckpoint(args.checkpoint);
+        // A rounded copy in the place of what a run goes on from, or before its newer checkpoints, would cost work.
+        if ([folder, args.checkpoint].some((own) => resolve(own) === resolve(out))) {
+          throw new UsageError(`--out is ${out}, where the checkpoint lies; give another path`);
+        }
         const loaded = await loadModel(folder);
         try {
           return await exporter.write(out, loaded, { folder, type, signal, onProgress: progress.show });

@@ -1,6 +1,6 @@
 // limbeck COMMAND: which command, its help, and the exit code
 
-import { runCommand } from 'citty';
+import { type CommandMeta, runCommand } from 'citty';
 import { packageVersion } from '../tensor/version.ts';
 import { nearest } from '../train/issues.ts';
 import { bench } from './bench.ts';
@@ -68,7 +68,7 @@ async function dispatch(rawArgs: readonly string[]): Promise<number> {
   const [name, ...rest] = rawArgs;
   if (name === undefined || name === '--help' || name === '-h' || name === 'help') {
     const topic = name === 'help' && rest[0] !== undefined ? commands[rest[0]] : undefined;
-    process.stdout.write(topic ? usage(topic, root) : usage(root));
+    process.stdout.write(topic ? usage(topic, 'limbeck') : usage(root));
     return name === undefined ? exitCode.usage : exitCode.ok;
   }
   if (name === '--version' || name === '-v') {
@@ -84,7 +84,7 @@ async function dispatch(rawArgs: readonly string[]): Promise<number> {
   }
   const inner = (chosen.subCommands ?? {}) as Readonly<Record<string, Command>>;
   if (Object.keys(inner).length > 0) return dispatchInner(chosen, inner, rest);
-  return start(chosen, rest, root);
+  return start(chosen, rest, 'limbeck');
 }
 
 /** `limbeck NAME STAGE`: a command that is several. */
@@ -95,18 +95,18 @@ async function dispatchInner(
 ): Promise<number> {
   const [name, ...rest] = rawArgs;
   if (name === undefined || name === '--help' || name === '-h') {
-    process.stdout.write(usage(outer));
+    process.stdout.write(usage(outer, 'limbeck'));
     return name === undefined ? exitCode.usage : exitCode.ok;
   }
   const chosen = Object.hasOwn(inner, name) ? inner[name] : undefined;
-  if (chosen) return start(chosen, rest, outer);
+  if (chosen) return start(chosen, rest, `limbeck ${(outer.meta as CommandMeta).name}`);
   const meant = nearest(name, Object.keys(inner));
   throw new UsageError(
     `unknown command "${name}"${meant ? `; did you mean ${meant}?` : `; there are ${Object.keys(inner).join(', ')}`}`,
   );
 }
 
-async function start(chosen: Command, rest: readonly string[], parent: Command): Promise<number> {
+async function start(chosen: Command, rest: readonly string[], parent: string): Promise<number> {
   const end = rest.indexOf('--');
   if ((end < 0 ? rest : rest.slice(0, end)).some((argument) => argument === '--help' || argument === '-h')) {
     process.stdout.write(usage(chosen, parent));

@@ -31,7 +31,7 @@ limbeck serve runs/student --template chatml
   async run({ args }) {
     const { openProvider } = await import('../synth/providers/open.ts');
     const module = await import('../synth/serve.ts');
-    const port = numberOption('port', args.port, 0, true);
+    const port = numberOption('port', args.port, 0, true, 65535);
     const provider = await openProvider(modelSpec(args.model, { ...args, 'model-name': args.name }));
     try {
       const serving = await module.serve(provider, {

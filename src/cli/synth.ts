@@ -133,7 +133,7 @@ const list = (text: string) => text.split(',').map((part) => part.trim());
 const magpie = command({
   meta: { name: 'magpie', description: 'Let an aligned model write instructions from nothing, and answers to them.' },
   args: {
-    run: { type: 'positional', required: true, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
+    run: { type: 'positional', required: false, description: 'Run file: .json, .ts, .mts, .js or .mjs.', valueHint: 'file' },
     set: { type: 'string', description: 'Change a field of the run, as often as wanted.', valueHint: 'field=value' },
     'dry-run': { type: 'boolean', description: 'Check the run and print it with all defaults.' },
     schema: { type: 'boolean', description: 'Print the JSON Schema of run files.' },
@@ -154,6 +154,7 @@ limbeck synth magpie magpie.json
       process.stdout.write(`${JSON.stringify(magpieJsonSchema(), null, 2)}\n`);
       return;
     }
+    if (args.run === undefined) throw new UsageError('which run? Give the path of a run file');
     const run = await loadSynthRun(args.run, parseOverrides(allValues(rawArgs, cmd.args as never, 'set')));
     if (args['dry-run']) {
       process.stdout.write(`${JSON.stringify(run, null, 2)}\n`);

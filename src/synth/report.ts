@@ -3,6 +3,7 @@
 
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
+import { FileError } from '../tensor/errors.ts';
 import { count, significant } from '../train/format.ts';
 import { encode, pageHtml, style } from '../train/page.ts';
 import { readManifest, readRecords, type StageSummary } from './pipeline.ts';
@@ -34,11 +35,21 @@ export async function writeDatasetReport(
   return survey;
 }
 
-/** The report of the last stage in a pipeline's output folder. */
+/** The report of the last stage in a pipeline's output folder. @throws FileError for a folder without a finished stage */
 export async function reportOutput(output: string, path = join(output, 'report.html'), title?: string): Promise<Survey> {
   const stages = await readManifest(output);
   const last = stages.at(-1);
-  const records = last === undefined ? [] : readRecords<InstructionRecord>(join(output, last.file));
+  if (last === undefined) {
+    throw new FileError(
+      `report: ${output} holds no finished stage: manifest.json is missing; give the output folder of limbeck synth`,
+      {
+        code: 'ERR_READ',
+        op: 'report',
+        argument: output,
+      },
+    );
+  }
+  const records = readRecords<InstructionRecord>(join(output, last.file));
   return writeDatasetReport(path, records, { stages, folder: output, ...(title === undefined ? {} : { title }) });
 }
 

@@ -26,25 +26,24 @@ export interface Serving {
 
 const mostBytes = 16 << 20;
 
-/** Serves `/v1/models`, `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`. @throws DataError `ERR_PORT` when the port is taken */
+/** Serves `/v1/models`, `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`. @throws DataError `ERR_PORT` where it cannot listen */
 export async function serve(provider: Provider, options: ServeOptions = {}): Promise<Serving> {
   const { port = 8080, host = '127.0.0.1' } = options;
   const stopping = new AbortController();
   const server = createServer((request, response) => void answer(provider, options, stopping.signal, request, response));
   await new Promise<void>((resolve, reject) => {
-    server.once('error', (error: NodeJS.ErrnoException) =>
+    server.once('error', (error: NodeJS.ErrnoException) => {
+      const why = error.code === 'EADDRINUSE' ? 'it is in use; give another' : error.message;
       reject(
-        error.code === 'EADDRINUSE'
-          ? new DataError(`serve: port ${port} of ${host} is in use; give another`, {
-              code: 'ERR_PORT',
-              op: 'serve',
-              argument: 'port',
-              actual: String(port),
-              cause: error,
-            })
-          : error,
-      ),
-    );
+        new DataError(`serve: cannot listen on port ${port} of ${host}: ${why}`, {
+          code: 'ERR_PORT',
+          op: 'serve',
+          argument: error.code === 'EADDRINUSE' ? 'port' : 'host',
+          actual: `${host}:${port}`,
+          cause: error,
+        }),
+      );
+    });
     server.listen(port, host, resolve);
   });
   const address = server.address() as AddressInfo;

@@ -1,6 +1,6 @@
 // A run: read from a file, checked, with every default filled in.
 
-import { readFile } from 'node:fs/promises';
+import { readFile, stat } from 'node:fs/promises';
 import { dirname, extname, isAbsolute, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import type { z } from 'zod';
@@ -94,19 +94,22 @@ export async function loadRun(path: string, overrides: Readonly<Record<string, u
 /** What a run file holds, unchecked. @throws ConfigError `ERR_CONFIG_FILE` */
 export async function readRunFile(path: string): Promise<unknown> {
   const file = resolve(path);
+  const kinds = 'give a .json, .ts, .mts, .js or .mjs file';
   try {
+    if (!runFile.test(file) && (await stat(file))) throw fileError(path, `is no run file; ${kinds}`);
     return extname(file) === '.json' ? parseJson(await readFile(file, 'utf8'), path) : await importRun(file, path);
   } catch (error) {
     if (LimbeckError.is(error)) throw error;
     const missing = (error as NodeJS.ErrnoException).code === 'ENOENT';
     const why = error instanceof Error ? error.message : String(error);
-    throw new ConfigError(
-      missing
-        ? `${path}: there is no such run file; give the path of a .json, .ts, .mts, .js or .mjs file`
-        : `${path}: cannot be read: ${why}`,
-      { code: 'ERR_CONFIG_FILE', op: 'loadRun', argument: path, cause: error },
-    );
+    throw fileError(path, missing ? `there is no such run file; ${kinds}` : `cannot be read: ${why}`, error);
   }
+}
+
+const runFile = /\.(json|[cm]?[jt]s)$/;
+
+function fileError(path: string, what: string, cause?: unknown): ConfigError {
+  return new ConfigError(`${path}: ${what}`, { code: 'ERR_CONFIG_FILE', op: 'loadRun', argument: path, cause });
 }
 
 /** A copy of `input` with one field, named by its path (`a.b.c`), set to `value`. */

@@ -204,6 +204,7 @@ function makeSchemas() {
         length: z.int().min(2).default(256).describe('Tokens in a sequence. Default 256.'),
         accumulate: count().default(1).describe('Micro-batches added up before an optimizer step. Default 1.'),
       })
+      .refine(({ sequences, length }) => sequences * length < 2 ** 31, 'must have fewer than 2^31 tokens, sequences × length')
       .prefault({})
       .describe('What one optimizer step sees: sequences × length × accumulate tokens.'),
     steps: count().optional().describe('Optimizer steps; give this or tokens.'),

@@ -36,6 +36,11 @@ test('safetensors: a folder with the same weights', async () => {
   }
 });
 
+test('never in the place of what is exported', async () => {
+  const result = await limbeckHere(['export', join(folder, 'model'), '--to', 'safetensors', '--out', `${folder}/./model/`]);
+  expect([result.code, result.err]).toEqual([2, expect.stringContaining('where the checkpoint lies; give another path')]);
+});
+
 test('gguf: a file that loads as the same model, with notes about what it could not keep', async () => {
   const out = join(folder, 'model.gguf');
   const result = await limbeckHere(['export', join(folder, 'model'), '--to', 'gguf', '--type', 'f32', '--out', out]);

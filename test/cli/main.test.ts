@@ -39,6 +39,15 @@ describe('help teaches', () => {
     expect(out).toContain('limbeck pretrain teacher.ts --set optimizer.learningRate=1e-3');
   });
 
+  test('a stage of synth, and its fields without a run', async () => {
+    const outer = await limbeckHere(['synth', '--help']);
+    expect([outer.code, outer.out]).toEqual([0, expect.stringContaining('Usage  limbeck synth <command> [options]')]);
+    const inner = await limbeckHere(['synth', 'magpie', '--help']);
+    expect(inner.out).toContain('Usage  limbeck synth magpie [run] [options]');
+    const schema = await limbeckHere(['synth', 'magpie', '--schema']);
+    expect([schema.code, JSON.parse(schema.out)]).toEqual([0, expect.objectContaining({ type: 'object' })]);
+  });
+
   test('the version', async () => {
     const { version } = JSON.parse(await readFile(join(root, 'package.json'), 'utf8'));
     expect(await limbeck(['--version'])).toEqual({ code: 0, out: `${version}\n`, err: '' });
@@ -58,6 +67,9 @@ describe('a wrong command line exits with 2 and says why', () => {
     [['export', 'x'], 'Give --to: '],
     [['export', 'x', '--to', 'pickle'], '--to is "pickle"; there are '],
     [['export', 'x', '--to', 'safetensors', '--type', 'q1'], '--type is "q1"; safetensors has f32, bf16'],
+    [['generate', 'x', '--prompt', 'a', '--top-p', '3'], '--top-p is "3"; it must be a number from 0 to 1'],
+    [['serve', 'x', '--port', '99999'], '--port is "99999"; it must be a whole number from 0 to 65535'],
+    [['synth', 'magpie'], 'which run?'],
     [['evaluate', 'x'], 'Give one of --text, --jsonl and --tokens'],
   ])('%j', async (args, text) => {
     const { code, out, err } = await limbeckHere(args);

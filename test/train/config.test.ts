@@ -115,6 +115,7 @@ describe('a wrong field is named, with its value, what it must be and what was p
     ['the right name in the wrong place', { warmupSteps: 1 }, 'warmupSteps', 'did you mean schedule.warmupSteps?'],
     ['a field like no other', { zzz: 1 }, 'zzz', 'known here: kind, name, output'],
     ['a wrong type', { optimizer: { learningRate: 'fast' } }, 'optimizer.learningRate', 'is "fast"; it must be a number'],
+    ['a batch beyond all bounds', { batch: { sequences: 2 ** 20, length: 2 ** 20 } }, 'batch', 'fewer than 2^31 tokens'],
     ['a fraction', { batch: { length: 1.5 } }, 'batch.length', 'is 1.5; it must be a whole number'],
     ['too small', { batch: { sequences: 0 } }, 'batch.sequences', 'is 0; it must be a number of at least 1'],
     ['a window of 0', { model: { window: 0 } }, 'model.window', 'is 0; it must be a number of at least 1'],
@@ -223,7 +224,8 @@ describe('run files', () => {
     await expect(loadRun(empty)).rejects.toMatchObject({ message: expect.stringContaining('exports no run'), actual: 'other' });
     const broken = await file('broken.ts', "import './missing.ts';\nexport default {};");
     await expect(loadRun(broken)).rejects.toMatchObject({ message: expect.stringContaining('cannot be read') });
-    await expect(loadRun(await file('notes.txt', 'hello'))).rejects.toBeInstanceOf(ConfigError);
+    await expect(loadRun(await file('notes.txt', 'hello'))).rejects.toThrow(/notes.txt: is no run file; give a .json, .ts/);
+    await expect(loadRun(folder)).rejects.toBeInstanceOf(ConfigError);
   });
 });
 
