@@ -23,9 +23,7 @@ export async function loadGenerationConfig(folder: string): Promise<GenerationCo
   try {
     text = await readFile(path, 'utf8');
   } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    // ENOTDIR: the model is a GGUF file, which has none.
-    if (code === 'ENOENT' || code === 'ENOTDIR') return {};
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return {};
     throw new FormatError(`${path}: cannot be read`, { ...about(path), cause: error });
   }
   return parseGenerationConfig(text, path);
