@@ -238,9 +238,12 @@ export function recompute(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[
     op: 'recompute',
     outputs: [output],
     backward(gradients) {
-      // The tape kept the inputs alive; their scope may have ended.
-      const lapsed = inputs.filter((t) => !t.held);
-      for (const t of lapsed) t.held = true;
+      // The tape kept the inputs themselves: their scope may have ended, and nothing has to make them again.
+      const kept = [...new Set(inputs)].map((t) => ({ t, held: t.held, recipe: t.recipe }));
+      for (const { t } of kept) {
+        t.held = true;
+        t.recipe = undefined;
+      }
       try {
         scope(() => {
           const { value, nodes } = recordCalls(() => scope(() => f(...inputs)));
@@ -248,7 +251,10 @@ export function recompute(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[
           walk(nodes, gradients);
         });
       } finally {
-        for (const t of lapsed) t.held = false;
+        for (const { t, held, recipe } of kept) {
+          t.held = held;
+          t.recipe = recipe;
+        }
       }
     },
     release() {
