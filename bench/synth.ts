@@ -111,11 +111,10 @@ async function million(): Promise<void> {
 }
 
 /** Kills a run at random moments until it is done; its files must be those of an undisturbed one. */
-async function kills(count: number): Promise<void> {
+async function kills(count: number, kind: 'plain' | 'instruct', records: number): Promise<void> {
   const worker = join(import.meta.dirname, '../test/synth/worker.ts');
-  const records = 3000;
   const start = (folder: string) => {
-    const args = ['--import', 'jiti/register', worker, folder, String(records)];
+    const args = ['--import', 'jiti/register', worker, folder, String(records), kind];
     return spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] });
   };
   const digest = async (folder: string) => {
@@ -141,7 +140,7 @@ async function kills(count: number): Promise<void> {
     await new Promise((resolve) => start(folders[1]).on('close', resolve));
     const same = (await digest(folders[0])) === (await digest(folders[1]));
     console.log(
-      `kills       ${killed} of ${count} rounds killed${ended ? ', the others ended by themselves' : ''}: ${same ? 'equal to the byte' : 'DIFFERENT'}`,
+      `kills       ${kind}: ${killed} of ${count} rounds killed${ended ? ', the others ended by themselves' : ''}: ${same ? 'equal to the byte' : 'DIFFERENT'}`,
     );
     if (!same) process.exitCode = 1;
   } finally {
@@ -155,5 +154,8 @@ else {
   if (what === undefined || what === 'throughput') await throughput();
   if (what === undefined || what === 'dedupe') await dedupe();
   if (what === undefined || what === 'million') await million();
-  if (what === undefined || what === 'kills') await kills(Number(number ?? 50));
+  if (what === undefined || what === 'kills') {
+    await kills(Number(number ?? 50), 'plain', 3000);
+    await kills(Number(number ?? 50), 'instruct', 600);
+  }
 }

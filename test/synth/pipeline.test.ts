@@ -326,8 +326,8 @@ test.runIf(process.platform === 'linux')(
   },
 );
 
-function worker(records: number): { child: ChildProcess; done: Promise<string> } {
-  const args = ['--import', 'jiti/register', join(import.meta.dirname, 'worker.ts'), folder, String(records)];
+function worker(records: number, kind = 'plain'): { child: ChildProcess; done: Promise<string> } {
+  const args = ['--import', 'jiti/register', join(import.meta.dirname, 'worker.ts'), folder, String(records), kind];
   const child = spawn(process.execPath, args, { cwd: join(import.meta.dirname, '../..'), stdio: ['ignore', 'pipe', 'pipe'] });
   let out = '';
   child.stdout.setEncoding('utf8').on('data', (t: string) => {
@@ -339,35 +339,36 @@ function worker(records: number): { child: ChildProcess; done: Promise<string> }
   return { child, done: new Promise((resolve) => child.on('close', () => resolve(out))) };
 }
 
-test('killed again and again, the files are those of an undisturbed run', async () => {
-  const undisturbed = worker(300);
-  const log = await undisturbed.done;
-  expect(log).toContain('long started');
-  const files = [
-    '01-write.jsonl',
-    '01-write.dropped.jsonl',
-    '02-count.jsonl',
-    '03-long.jsonl',
-    '03-long.dropped.jsonl',
-    'manifest.json',
-  ];
-  expect(await readdir(folder)).toEqual(files.toSorted());
-  const expected = await Promise.all(files.map(text));
-  await rm(folder, { recursive: true });
-  let killed = 0;
-  for (let round = 0; round < 4; round++) {
-    const { child, done } = worker(300);
-    // Wait for the work to begin, then a moment of its own.
-    await new Promise<void>((resolve) => {
-      child.stdout!.once('data', () => setTimeout(resolve, 20 + 67 * round));
-      child.once('close', () => resolve());
-    });
-    if (child.kill('SIGKILL')) killed++;
-    await done;
-  }
-  expect(killed).toBeGreaterThan(0);
-  const last = await worker(300).done;
-  expect(last).toContain('long');
-  expect(await Promise.all(files.map(text))).toEqual(expected);
-  expect((await readdir(folder)).toSorted()).toEqual(files.toSorted());
-}, 60_000);
+test.each([
+  ['plain', 300, ['01-write.dropped.jsonl', '01-write.jsonl', '02-count.jsonl', '03-long.dropped.jsonl', '03-long.jsonl']],
+  [
+    'instruct',
+    80,
+    ['passages', 'chains', 'round-1', 'round-2', 'round-3', 'render', 'documents'].map((name, i) => `0${i + 1}-${name}.jsonl`),
+  ],
+] as const)(
+  'killed again and again, the files are those of an undisturbed run: %s',
+  async (kind, records, stages) => {
+    const files = [...stages, 'manifest.json'];
+    expect(await worker(records, kind).done).toContain(`${stages.at(-1)!.slice(3, -6)} started`);
+    expect((await readdir(folder)).toSorted()).toEqual(files);
+    const expected = await Promise.all(files.map(text));
+    await rm(folder, { recursive: true });
+    let killed = 0;
+    for (let round = 0; round < 4; round++) {
+      const { child, done } = worker(records, kind);
+      // Wait for the work to begin, then a moment of its own.
+      await new Promise<void>((resolve) => {
+        child.stdout!.once('data', () => setTimeout(resolve, 20 + 67 * round));
+        child.once('close', () => resolve());
+      });
+      if (child.kill('SIGKILL')) killed++;
+      await done;
+    }
+    expect(killed).toBeGreaterThan(0);
+    expect(await worker(records, kind).done).toContain('unchanged');
+    expect(await Promise.all(files.map(text))).toEqual(expected);
+    expect((await readdir(folder)).toSorted()).toEqual(files);
+  },
+  60_000,
+);

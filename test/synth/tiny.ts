@@ -1,8 +1,10 @@
-// A small model of ours that has learned to chat: a few questions, their answers, and the frames of turns.
+// Small models of ours: one that has learned to chat, by a few questions, their answers and the frames of turns; one that writes questions and
+// answers about texts.
 import { join } from 'node:path';
 import { texts } from '../../src/data/source.ts';
 import { writeTokenFile } from '../../src/data/tokens.ts';
 import { resolveCheckpoint } from '../../src/models/folder.ts';
+import { exampleText } from '../../src/synth/instruct/format.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 import { parseRun } from '../../src/train/config.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
@@ -15,15 +17,37 @@ const things = [
   ['language', 'In % people speak a language of their own.'],
 ] as const;
 
-/** Trains it in `folder` (some seconds) and returns the folder of the model; the chat template is ChatML. */
-export async function trainTinyChat(folder: string, steps = 160): Promise<string> {
+/** Trains one in `folder` (some seconds) and returns the folder of the model; the chat template is ChatML. */
+export function trainTinyChat(folder: string, steps = 160): Promise<string> {
   const documents = places.flatMap((place) =>
     things.map(
       ([thing, answer]) =>
         `<|im_start|>user\nWhat is the ${thing} of ${place}?<|im_end|>\n<|im_start|>assistant\n${answer.replaceAll('%', place)}<|im_end|>\n`,
     ),
   );
-  const specialTokens = ['<|endoftext|>', '<|im_start|>', '<|im_end|>'];
+  return train(folder, documents, ['<|endoftext|>', '<|im_start|>', '<|im_end|>'], steps);
+}
+
+/** A text about a place, two sentences of those that {@link trainTinySynthesizer} has learned to ask about. */
+export function tinyText(place: string, first: number, second: number): string {
+  return [first, second].map((i) => things[i % things.length]![1].replaceAll('%', place)).join(' ');
+}
+
+/** Trains an instruction synthesizer in `folder` (some seconds) and returns the folder of the model. */
+export function trainTinySynthesizer(folder: string, steps = 160): Promise<string> {
+  const pair = (place: string, i: number) => {
+    const [thing, answer] = things[i % things.length]!;
+    return { question: `What is the ${thing} of ${place}?`, answer: answer.replaceAll('%', place) };
+  };
+  const documents = places.flatMap((place) =>
+    things.map((_, i) =>
+      exampleText({ context: tinyText(place, i, i + 1), pairs: [pair(place, i), pair(place, i + 1)] }, { begin: '', end: '' }),
+    ),
+  );
+  return train(folder, documents, ['<|endoftext|>'], steps);
+}
+
+async function train(folder: string, documents: readonly string[], specialTokens: string[], steps: number): Promise<string> {
   const tokenizer = await trainTokenizer(texts(documents), { vocabSize: 400, specialTokens });
   await tokenizer.save(join(folder, 'tokenizer'));
   // As ids: in plain text the frames of turns would be text.
