@@ -1,9 +1,9 @@
 // Records as data sets in the usual forms, as JSON Lines or Parquet. Memory does not grow with their number.
 
-import { mkdtemp, open, rename, rm } from 'node:fs/promises';
+import { mkdir, mkdtemp, open, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { SchemaElement } from 'hyparquet';
-import { writeAtomic } from '../io/atomic.ts';
+import { writeAtomic, writeError } from '../io/atomic.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { lineWriter } from './journal.ts';
 import { type InstructionRecord, instructionOf, responseOf } from './record.ts';
@@ -83,7 +83,9 @@ async function writeParquet(
 ): Promise<number> {
   const { ParquetWriter, fileWriter } = await import('hyparquet-writer');
   // The package writes to a path of its own; only a whole file takes the place of an old one.
-  const folder = await mkdtemp(join(dirname(path), '.limbeck-parquet-'));
+  const folder = await place(path).catch((error: unknown) => {
+    throw writeError(path, error);
+  });
   const partial = join(folder, 'data.parquet');
   try {
     const writer = new ParquetWriter({ writer: fileWriter(partial), schema: schemaOf(format) });
@@ -109,9 +111,17 @@ async function writeParquet(
     await file.sync().finally(() => file.close());
     await rename(partial, path);
     return written;
+  } catch (error) {
+    throw writeError(path, error);
   } finally {
     await rm(folder, { recursive: true, force: true });
   }
+}
+
+/** A new folder beside a path. */
+async function place(path: string): Promise<string> {
+  await mkdir(dirname(path), { recursive: true });
+  return mkdtemp(join(dirname(path), '.limbeck-parquet-'));
 }
 
 type Kind = 'text' | 'number' | readonly string[]; // a list of objects with these texts

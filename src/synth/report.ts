@@ -187,7 +187,7 @@ function sampleSection(samples: readonly InstructionRecord[]): string {
   const cards = samples.map(({ id, messages, tags }) => {
     const marks = Object.values(tags ?? {}).filter((value) => value !== null);
     const turns = messages.map(
-      ({ role, content }) => `<p class="role">${role}</p><p class="text">${encode(content.slice(0, 1500))}</p>`,
+      ({ role, content }) => `<p class="role">${encode(role)}</p><p class="text">${encode(content.slice(0, 1500))}</p>`,
     );
     return `<article><h3>${encode(id)}<span class="step">${encode(marks.join(' · '))}</span></h3>${turns.join('')}</article>`;
   });

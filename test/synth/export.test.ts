@@ -71,7 +71,12 @@ describe('data sets', () => {
     expect(await exportRecords(join(folder, 'none.parquet'), [], 'messages')).toEqual({ records: 0 });
     expect(await parquetReadObjects({ file: await asyncBufferFromFile(join(folder, 'none.parquet')) })).toEqual([]);
     await expect(exportRecords(join(folder, 'a.csv'), records)).rejects.toMatchObject({ code: 'ERR_CONFIG' });
-    await expect(exportRecords(join(folder, 'x/y.parquet'), records)).rejects.toThrow();
+    for (const name of ['x/y.parquet', 'x/z.jsonl']) {
+      expect(await exportRecords(join(folder, name), records)).toEqual({ records: 25 });
+      const below = exportRecords(join(folder, name, 'file.parquet'), records);
+      await expect(below).rejects.toMatchObject({ name: 'FileError', code: 'ERR_WRITE' });
+    }
+    expect((await readdir(join(folder, 'x'))).sort()).toEqual(['y.parquet', 'z.jsonl']);
   });
 
   test('the fields of the published form', () => {
@@ -121,7 +126,7 @@ describe('the report', () => {
     const path = join(folder, 'report.html');
     const odd = {
       id: '<script>alert(1)</script>',
-      messages: [{ role: 'user' as const, content: '</p><script>x</script> \ud800' }],
+      messages: [{ role: '<script>' as 'user', content: '</p><script>x</script> \ud800' }],
     };
     await writeDatasetReport(path, [...records, odd], { title: 'A & B', time: 0 });
     const html = await readFile(path, 'utf8');
@@ -139,6 +144,6 @@ describe('the report', () => {
     expect(html).toContain('quality 18');
     expect(html).toContain('Question 1: é€😀 &lt;b&gt;?');
     await writeFile(join(folder, 'manifest.json'), '{');
-    expect(await reportOutput(folder)).toMatchObject({ records: 0 });
+    await expect(reportOutput(folder)).rejects.toMatchObject({ name: 'FileError', code: 'ERR_READ' });
   });
 });
