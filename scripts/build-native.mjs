@@ -142,7 +142,7 @@ async function withCompiler(compiler, tests) {
   mkdirSync(path.dirname(addon), { recursive: true });
   // Other flags make other objects.
   const flagsFile = path.join(objects, 'flags.json');
-  const flagsText = JSON.stringify([compiler, flags, isas]);
+  const flagsText = JSON.stringify([compiler, flags, isas, build.exact]);
   const sameFlags = existsSync(flagsFile) && readFileSync(flagsFile, 'utf8') === flagsText;
   const families = path.join(objects, 'families.cpp');
   writeFamilies(
@@ -171,8 +171,10 @@ async function withCompiler(compiler, tests) {
   const programs = [];
   for (const isa of isas) {
     const extra = [...isa.flags, `-DLIMBECK_ISA=${isa.name}`];
-    for (const source of list(path.join(native, build.perIsa), '.cpp'))
-      kernels.push(add(source, place('cpu', source, `.${isa.name}`), extra));
+    for (const source of list(path.join(native, build.perIsa), '.cpp')) {
+      const exact = build.exact.files.includes(path.basename(source, '.cpp')) ? build.exact.flags : [];
+      kernels.push(add(source, place('cpu', source, `.${isa.name}`), [...extra, ...exact]));
+    }
     if (!tests) continue;
     for (const source of list(testFolder, '_test.cpp')) {
       const stem = `${path.basename(source, '.cpp')}.${isa.name}`;

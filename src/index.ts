@@ -26,15 +26,11 @@ export type { GgmlTypeName } from './io/ggml.ts';
 // Files
 export {
   type Gguf,
-  type GgufEntry,
-  type GgufHeader,
-  type GgufInput,
-  type GgufMetadata,
-  type GgufValue,
   type GgufWriteOptions,
   openGguf,
   writeGguf,
 } from './io/gguf.ts';
+export type { GgufEntry, GgufHeader, GgufInput, GgufMetadata, GgufValue } from './io/gguf-header.ts';
 export {
   type OnnxGraph,
   type OnnxNode,

@@ -14,6 +14,7 @@
 
 namespace limbeck {
 
+void register_ggml(Napi::Env env, Napi::Object exports);
 void register_half(Napi::Env env, Napi::Object exports);
 void register_text(Napi::Env env, Napi::Object exports);
 
@@ -515,6 +516,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("profile", Napi::Function::New(env, profile));
   exports.Set("profiled", Napi::Function::New(env, profiled));
   exports.Set("info", Napi::Function::New(env, info));
+  register_ggml(env, exports);
   register_half(env, exports);
   register_text(env, exports);
   return exports;

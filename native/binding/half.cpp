@@ -5,15 +5,10 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/float16.h"
+
 namespace limbeck {
 namespace {
-
-float float_of_half(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
-  // The exponent's bias grows by 112, by a product that makes subnormal numbers normal.
-  const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
-  return std::bit_cast<float>(sign | ((half & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite));
-}
 
 float float_of_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 

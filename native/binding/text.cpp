@@ -3,13 +3,12 @@
 #include <napi.h>
 
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "core/error.h"
+#include "binding/job.h"
 #include "text/bpe.h"
 
 namespace limbeck {
@@ -21,64 +20,7 @@ using text::SplitRules;
 using text::Trainer;
 using text::Vocabulary;
 
-Napi::Error to_js(Napi::Env env, const Error& e) {
-  Napi::Error error = Napi::Error::New(env, e.what());
-  error.Set("kind", Napi::String::New(env, e.kind == ErrorKind::format ? "format" : e.kind == ErrorKind::data ? "data" : e.kind == ErrorKind::memory ? "memory" : "internal"));
-  error.Set("code", Napi::String::New(env, e.code));
-  return error;
-}
-
 Error misuse(const char* text) { return Error(ErrorKind::internal, "ERR_INTERNAL", text); }
-
-// Runs `body`; what it throws becomes a JavaScript exception that the typed layer can rebuild.
-template <class Body>
-auto guard(Napi::Env env, Body&& body) {
-  try {
-    return body();
-  } catch (const Error& e) {
-    throw to_js(env, e);
-  } catch (const std::bad_alloc&) {
-    throw to_js(env, Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY", "tokenizer: the system has no memory left"));
-  }
-}
-
-// A promise of work done on a thread of the pool.
-class Job final : public Napi::AsyncWorker {
- public:
-  using Work = std::function<void()>;
-  using Finish = std::function<Napi::Value(Napi::Env)>;
-
-  static Napi::Value start(Napi::Env env, Work work, Finish finish) {
-    auto* job = new Job(env, std::move(work), std::move(finish));
-    Napi::Promise promise = job->deferred_.Promise();
-    job->Queue();
-    return promise;
-  }
-
- private:
-  Job(Napi::Env env, Work work, Finish finish)
-      : AsyncWorker(env, "limbeck.text"), deferred_(Napi::Promise::Deferred::New(env)), work_(std::move(work)), finish_(std::move(finish)) {}
-
-  void Execute() override {
-    try {
-      work_();
-    } catch (const Error& e) {
-      fault_ = std::make_unique<Error>(e);
-    } catch (const std::bad_alloc&) {
-      fault_ = std::make_unique<Error>(ErrorKind::memory, "ERR_OUT_OF_MEMORY", "tokenizer: the system has no memory left");
-    }
-  }
-  void OnOK() override {
-    if (fault_) deferred_.Reject(to_js(Env(), *fault_).Value());
-    else deferred_.Resolve(finish_(Env()));
-  }
-  void OnError(const Napi::Error& e) override { deferred_.Reject(e.Value()); }
-
-  Napi::Promise::Deferred deferred_;
-  Work work_;
-  Finish finish_;
-  std::unique_ptr<Error> fault_;
-};
 
 SplitRules rules_from(const Napi::Value& value) {
   const auto bits = static_cast<uint32_t>(value.As<Napi::Number>().Int64Value());
@@ -160,7 +102,7 @@ class BpeEncoder final : public Napi::ObjectWrap<BpeEncoder> {
   // (byteIds, merges: left right result ..., rules, added bytes, ends, ids, whole bytes, ends, ids
   //  [, code points, their ids, joins: last first ..., prepend])
   explicit BpeEncoder(const Napi::CallbackInfo& info) : ObjectWrap(info) {
-    guard(info.Env(), [&] {
+    guarded(info.Env(), [&] {
       Vocabulary v;
       v.byte_ids = copy_of<int32_t>(info[0]);
       const std::vector<int32_t> merges = copy_of<int32_t>(info[1]);
@@ -183,7 +125,7 @@ class BpeEncoder final : public Napi::ObjectWrap<BpeEncoder> {
  private:
   // encode(text, added) -> Int32Array
   Napi::Value encode(const Napi::CallbackInfo& info) {
-    return guard(info.Env(), [&] {
+    return guarded(info.Env(), [&] {
       const std::string text = bytes_of(info[0]);
       std::vector<int32_t> ids;
       Encoder::CachePtr cache = shared_->take();
@@ -195,7 +137,7 @@ class BpeEncoder final : public Napi::ObjectWrap<BpeEncoder> {
 
   // encodeBatch(bytes of all texts, where each ends, added) -> promise of [ids of all, where each ends]
   Napi::Value encode_batch(const Napi::CallbackInfo& info) {
-    return guard(info.Env(), [&] {
+    return guarded(info.Env(), [&] {
       struct Batch {
         std::string text;
         std::vector<double> ends;
@@ -245,7 +187,7 @@ class BpeTrainer final : public Napi::ObjectWrap<BpeTrainer> {
 
   // (merges, minCount, maxBytes, rules)
   explicit BpeTrainer(const Napi::CallbackInfo& info) : ObjectWrap(info) {
-    guard(info.Env(), [&] {
+    guarded(info.Env(), [&] {
       Trainer::Options options;
       options.merges = info[0].As<Napi::Number>().Int64Value();
       options.min_count = info[1].As<Napi::Number>().Int64Value();
@@ -265,7 +207,7 @@ class BpeTrainer final : public Napi::ObjectWrap<BpeTrainer> {
 
   // count(text) -> promise
   Napi::Value count(const Napi::CallbackInfo& info) {
-    return guard(info.Env(), [&] {
+    return guarded(info.Env(), [&] {
       if (shared_->merging) throw misuse("tokenizer: no text can be counted after the first merge");
       auto text = std::make_shared<std::string>(bytes_of(info[0]));
       return Job::start(
@@ -280,7 +222,7 @@ class BpeTrainer final : public Napi::ObjectWrap<BpeTrainer> {
 
   // merge(limit) -> promise of whether training is over
   Napi::Value merge(const Napi::CallbackInfo& info) {
-    return guard(info.Env(), [&] {
+    return guarded(info.Env(), [&] {
       shared_->merging = true;
       const int64_t limit = info[0].As<Napi::Number>().Int64Value();
       auto done = std::make_shared<bool>(false);

@@ -27,17 +27,3 @@ export function halfValues(): Float32Array {
   });
   return halves;
 }
-
-/** The float16 at a byte. */
-export const half = (table: Float32Array, from: Uint8Array, at: number): number => table[from[at]! | (from[at + 1]! << 8)]!;
-
-const single = new Float32Array(1);
-const singleBits = new Int32Array(single.buffer);
-
-/** Writes the nearest float16 at a byte. */
-export function putHalf(to: Uint8Array, at: number, value: number): void {
-  single[0] = value;
-  const bits = toHalf(singleBits[0]!);
-  to[at] = bits;
-  to[at + 1] = bits >> 8;
-}

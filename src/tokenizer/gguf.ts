@@ -1,6 +1,6 @@
 // Vocabularies as GGUF metadata, to and from a tokenizer.json: byte-level BPE, and SentencePiece-style BPE over characters.
 
-import type { GgufMetadata, GgufValue } from '../io/gguf.ts';
+import type { GgufMetadata, GgufValue } from '../io/gguf-header.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { templateTokens } from './file.ts';
 import { type PreTokenizerName, preTokenizerJson, preTokenizerOf } from './pretokenizers.ts';

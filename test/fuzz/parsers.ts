@@ -3,7 +3,7 @@
 
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import { parseGguf } from '../../src/io/gguf.ts';
+import { parseGguf } from '../../src/io/gguf-header.ts';
 import { parseSafetensors } from '../../src/io/safetensors.ts';
 import { fromMetadata } from '../../src/models/ggufconfig.ts';
 import { LimbeckError } from '../../src/tensor/errors.ts';

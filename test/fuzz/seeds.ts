@@ -3,7 +3,8 @@
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { type GgufValue, writeGguf } from '../../src/io/gguf.ts';
+import { writeGguf } from '../../src/io/gguf.ts';
+import type { GgufValue } from '../../src/io/gguf-header.ts';
 import { writeSafetensors } from '../../src/io/safetensors.ts';
 import { ggufVocabulary } from '../../src/tokenizer/gguf.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
