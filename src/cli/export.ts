@@ -33,7 +33,7 @@ export interface Exporter {
 const exporters: Readonly<Record<string, Exporter>> = {
   gguf: {
     description: 'a file for llama.cpp and Ollama',
-    types: ['f16', 'bf16', 'f32', 'q8_0', 'q6_k', 'q4_k_m'],
+    types: ['f16', 'bf16', 'f32', 'q8_0', 'q6_k', 'q5_k_m', 'q4_k_m'],
     suffix: '.gguf',
     async write(out, { model, tokenizer }, { folder, type, signal, onProgress }) {
       const { exportGguf } = await import('../models/gguf.ts');

@@ -1,9 +1,10 @@
 // The metadata of a GGUF file that tells of a model's architecture, to and from our config.
 
-import type { GgufHeader, GgufMetadata, GgufValue } from '../io/gguf.ts';
+import type { GgufHeader, GgufMetadata, GgufValue } from '../io/gguf-header.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { type LayerKind, layerKind } from './config.ts';
 import { checkDecoder, type DecoderConfig } from './decoder.ts';
+import { checkGpt2, type Gpt2Config } from './gpt2.ts';
 import type { ModelConfig } from './registry.ts';
 
 type Architecture = DecoderConfig['architecture'];
@@ -51,27 +52,14 @@ const rules: Readonly<Record<string, Rules>> = {
     wide: 62,
   },
   llama: { ours: ['llama', 'mistral'], pattern: ['local'], pairs: true, fixed: llama },
+  phi3: { ours: ['phi3'], pattern: ['local'], pairs: false, fixed: llama },
   qwen2: { ours: ['qwen2'], pattern: ['global'], pairs: false, fixed: llama },
   qwen3: { ours: ['qwen3'], pattern: ['global'], pairs: false, fixed: { ...llama, queryKeyNorm: true } },
   smollm3: { ours: ['smollm3'], pattern: ['global'], pairs: true, fixed: { ...llama, rotary: [true, true, true, false] } },
 };
 
-/** The config of an architecture that GGUF has. @throws ConfigError naming it otherwise */
-export function decoderOf(c: ModelConfig): DecoderConfig {
-  rulesFor(c);
-  return c as DecoderConfig;
-}
-
-function rulesFor(c: Pick<ModelConfig, 'architecture'>): readonly [string, Rules] {
-  const found = Object.entries(rules).find(([, { ours }]) => (ours as readonly string[]).includes(c.architecture));
-  if (found !== undefined) return found;
-  throw unsupported(
-    'architecture',
-    Object.values(rules)
-      .flatMap(({ ours }) => ours)
-      .join(', '),
-    c.architecture,
-  );
+function rulesFor(c: Pick<DecoderConfig, 'architecture'>): readonly [string, Rules] {
+  return Object.entries(rules).find(([, { ours }]) => ours.includes(c.architecture))!;
 }
 
 function unsupported(field: string, expected: string, actual: unknown): ConfigError {
@@ -105,8 +93,27 @@ export interface About {
 }
 
 /** @throws ConfigError naming what a GGUF file cannot tell of. */
-export function metadataOf(c: DecoderConfig): About {
+export function metadataOf(c: ModelConfig): About {
+  return c.architecture === 'gpt2' ? gpt2Metadata(c) : decoderMetadata(c);
+}
+
+function gpt2Metadata(c: Gpt2Config): About {
+  const sizes = {
+    vocab_size: c.vocabSize,
+    context_length: c.context,
+    embedding_length: c.width,
+    block_count: c.layers,
+    feed_forward_length: c.hidden,
+    'attention.head_count': c.heads,
+  };
+  const metadata: [string, GgufValue][] = Object.entries(sizes).map(([key, value]) => [`gpt2.${key}`, { type: 'u32', value }]);
+  metadata.push(['gpt2.attention.layer_norm_epsilon', { type: 'f32', value: c.normEps }]);
+  return { architecture: 'gpt2', metadata, notes: [] };
+}
+
+function decoderMetadata(c: DecoderConfig): About {
   const [arch, rule] = rulesFor(c);
+  const windowless = arch === 'llama' || arch === 'phi3';
   for (const field of ['activation', 'normOffset', 'postNorms', 'queryKeyNorm', 'scaledEmbedding'] as const) {
     if (c[field] !== rule.fixed[field]) throw unsupported(field, String(rule.fixed[field]), c[field]);
   }
@@ -142,10 +149,10 @@ export function metadataOf(c: DecoderConfig): About {
       throw unsupported('layerPattern', JSON.stringify(rule.pattern), c.layerPattern);
     }
     put('attention.sliding_window', 'u32', c.window!);
-    if (arch === 'llama') {
+    if (windowless) {
       notes.push(`llama.cpp does not follow the window of ${c.window}: beyond it its answers differ from this model's`);
     }
-  } else if (hasLocal && arch !== 'llama') put('attention.sliding_window', 'u32', c.context);
+  } else if (hasLocal && !windowless) put('attention.sliding_window', 'u32', c.context);
 
   if (arch === 'gemma2') {
     put('attn_logit_softcapping', 'f32', c.attentionCap ?? NO_CAP);
@@ -163,7 +170,7 @@ export function metadataOf(c: DecoderConfig): About {
     metadata.push([`${arch}.rope.scaling.type`, { type: 'string', value: 'linear' }]);
     put('rope.scaling.factor', 'f32', c.ropeScaling.factor);
   } else if (c.ropeScaling !== null && arch !== 'llama') throw unsupported('ropeScaling', 'linear or null', c.ropeScaling);
-  if (arch === 'qwen2' && c.heads * c.headSize !== c.width)
+  if ((arch === 'qwen2' || arch === 'phi3') && c.heads * c.headSize !== c.width)
     throw unsupported('headSize', `width / heads (${c.width / c.heads})`, c.headSize);
   if (c.bias.qkv && arch !== 'llama' && arch !== 'qwen2') throw unsupported('bias.qkv', 'false', true);
   if (!c.bias.qkv && arch === 'qwen2') throw unsupported('bias.qkv', 'true', false);
@@ -175,8 +182,8 @@ export function metadataOf(c: DecoderConfig): About {
 type Llama3 = Extract<NonNullable<DecoderConfig['ropeScaling']>, { kind: 'llama3' }>;
 
 /** What each of D/2 rotary frequencies is divided by, for the tensor that llama.cpp reads them from. */
-export function ropeFactors(c: DecoderConfig): Float32Array | undefined {
-  return c.ropeScaling?.kind === 'llama3' ? factorsOf(c.ropeScaling, c.ropeBase, c.headSize) : undefined;
+export function ropeFactors(c: ModelConfig): Float32Array | undefined {
+  return 'ropeScaling' in c && c.ropeScaling?.kind === 'llama3' ? factorsOf(c.ropeScaling, c.ropeBase, c.headSize) : undefined;
 }
 
 function factorsOf({ factor, lowFrequency, highFrequency, context }: Llama3, base: number, headSize: number): Float32Array {
@@ -190,7 +197,7 @@ function factorsOf({ factor, lowFrequency, highFrequency, context }: Llama3, bas
 }
 
 /** The config that a file's metadata tells of. @throws FormatError naming the key. */
-export function fromMetadata(file: GgufHeader, path: string, factors: Float32Array | undefined): DecoderConfig {
+export function fromMetadata(file: GgufHeader, path: string, factors: Float32Array | undefined): ModelConfig {
   const refuse = (key: string, expected: string, actual: unknown): never => {
     throw new FormatError(`${path}: ${key} is ${String(actual)}, expected ${expected}`, {
       code: 'ERR_CHECKPOINT',
@@ -202,9 +209,10 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
   };
   const { metadata, tensors } = file;
   const architecture = metadata.get('general.architecture')?.value;
-  const rule = typeof architecture === 'string' && Object.hasOwn(rules, architecture) ? rules[architecture]! : undefined;
-  if (rule === undefined) return refuse('general.architecture', Object.keys(rules).join(', '), architecture);
-  const arch = String(architecture);
+  const known = [...Object.keys(rules), 'gpt2'];
+  if (typeof architecture !== 'string' || !known.includes(architecture))
+    return refuse('general.architecture', known.join(', '), architecture);
+  const arch = architecture;
   const splits = numberOf(metadata, 'split.count');
   if (splits !== undefined && splits > 1) refuse('split.count', '1: merge the parts with llama-gguf-split --merge', splits);
   const number = (key: string, fallback?: number): number => {
@@ -218,9 +226,31 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
   if (number('expert_count', 0) > 0)
     refuse(`${arch}.expert_count`, '0: mixtures of experts are not supported', number('expert_count'));
 
+  const vocabSize = tensors.get('token_embd.weight')?.shape[0] ?? refuse('token_embd.weight', 'a tensor', undefined);
+  const tied = !tensors.has('output.weight');
   const width = number('embedding_length');
   const layers = number('block_count');
   const heads = number('attention.head_count');
+  if (arch === 'gpt2') {
+    return checked(checkGpt2, {
+      architecture: 'gpt2',
+      vocabSize,
+      width,
+      layers,
+      heads,
+      kvHeads: number('attention.head_count_kv', heads),
+      headSize: width / heads,
+      hidden: number('feed_forward_length'),
+      window: null,
+      layerPattern: ['global'],
+      finalCap: null,
+      normEps: number('attention.layer_norm_epsilon'),
+      initStd: 0.02,
+      context: number('context_length'),
+      tied,
+    });
+  }
+  const rule = rules[arch]!;
   const headSize = number('attention.key_length', width / heads);
   if (number('attention.value_length', headSize) !== headSize)
     refuse(`${arch}.attention.value_length`, String(headSize), number('attention.value_length'));
@@ -236,17 +266,20 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
   const ropeBase = number('rope.freq_base', 10_000);
   const localBase = number('rope.freq_base_swa', rule.localRopeBase ?? ropeBase);
   const dims = { width, layers, heads, headSize };
-  const config: DecoderConfig = {
+  return checked(checkDecoder, {
     ...rule.fixed,
     ...dims,
     architecture: local ? rule.ours.at(-1)! : rule.ours[0]!,
-    vocabSize: tensors.get('token_embd.weight')?.shape[0] ?? refuse('token_embd.weight', 'a tensor', undefined),
+    vocabSize,
     kvHeads: number('attention.head_count_kv', heads),
     hidden: number('feed_forward_length'),
     window: local ? window : null,
     layerPattern: local ? rule.pattern : ['global'],
-    tied: !tensors.has('output.weight'),
-    bias: { qkv: tensors.has('blk.0.attn_q.bias'), output: tensors.has('blk.0.attn_output.bias') },
+    tied,
+    bias: {
+      qkv: tensors.has('blk.0.attn_q.bias') || tensors.has('blk.0.attn_qkv.bias'),
+      output: tensors.has('blk.0.attn_output.bias'),
+    },
     attentionCap: arch === 'gemma2' ? cap('attn_logit_softcapping', 50) : null,
     finalCap: arch === 'gemma2' ? cap('final_logit_softcapping', 30) : cap('final_logit_softcapping', 0),
     queryScalar: scalarOf(rule, dims),
@@ -256,13 +289,16 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
     normEps: number('attention.layer_norm_rms_epsilon'),
     initStd: 0.02,
     context,
-  };
-  try {
-    checkDecoder(config);
-  } catch (error) {
-    throw new FormatError(`${path}: ${(error as Error).message}`, { code: 'ERR_CHECKPOINT', op: 'loadModel', cause: error });
+  });
+
+  function checked<C extends ModelConfig>(check: (config: C) => void, config: C): C {
+    try {
+      check(config);
+    } catch (error) {
+      throw new FormatError(`${path}: ${(error as Error).message}`, { code: 'ERR_CHECKPOINT', op: 'loadModel', cause: error });
+    }
+    return config;
   }
-  return config;
 
   function scalingOf(): DecoderConfig['ropeScaling'] {
     const type = metadata.get(`${arch}.rope.scaling.type`)?.value ?? 'none';

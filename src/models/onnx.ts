@@ -4,18 +4,19 @@ import { join } from 'node:path';
 import { writeAll, writeAtomic } from '../io/atomic.ts';
 import { toHalf } from '../io/half.ts';
 import { type OnnxGraph, writeOnnx } from '../io/onnx.ts';
-import { cast, copy } from '../ops/elementwise.ts';
-import { isAdapted } from '../ops/quant.ts';
-import { reshape, rows } from '../ops/reshape.ts';
+import type { Parameters, SpecTree } from '../nn/parameters.ts';
+import { cast } from '../ops/elementwise.ts';
 import { transpose } from '../ops/view.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
-import { readAs, type Tensor } from '../tensor/tensor.ts';
+import { noGrad } from '../tensor/tape.ts';
+import { readAs, viewOf } from '../tensor/tensor.ts';
 import { packageVersion } from '../tensor/version.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { LanguageModel } from './model.ts';
 import { decoderGraph, type GraphParameter, opset } from './onnx-graph.ts';
 import { transformersText } from './transformers.ts';
+import { savedValues } from './weights.ts';
 
 export interface OnnxExportOptions {
   /** Of the matrices; they are computed with in float32 either way. Default `f32`. */
@@ -41,7 +42,8 @@ const RUN = 1 << 22;
  * Writes a folder that transformers.js and ONNX Runtime load: onnx/model.onnx (f16: onnx/model_fp16.onnx), config.json,
  * generation_config.json and the tokenizer. Each file replaces an old one only when complete. Keys and values are inputs and outputs, as
  * {@link decoderGraph} tells.
- * @throws ConfigError for an architecture that has no graph here, for a model with an adapter, for weights of 8 or 4 bits and for a value that f16 cannot hold;
+ * The change of an adapter in use is added to the weights.
+ * @throws ConfigError for an architecture that has no graph here, for weights of 8 or 4 bits and for a value that f16 cannot hold;
  * FileError `ERR_WRITE`; the reason of `signal`.
  */
 export async function exportOnnx(
@@ -82,22 +84,11 @@ function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onPr
       actual: 'gpt2',
     });
   }
-  const adapted = model.parameters.linears.find(({ weight }) => isAdapted(weight));
-  if (adapted !== undefined) {
-    throw new ConfigError(
-      `exportOnnx: '${adapted.name}' has an adapter beside it, which a graph does not; call mergeAdapter() first`,
-      {
-        code: 'ERR_CONFIG',
-        op: 'exportOnnx',
-        argument: adapted.name,
-      },
-    );
-  }
-  const stored = new Map(model.parameters.list.map(({ name, tensor }) => [name, tensor]));
+  const { parameters } = model;
+  const stored = new Set(parameters.list.map(({ name }) => name));
   let done = 0;
   const graph = decoderGraph(config, type, (parameter) => {
-    const tensor = stored.get(parameter.name);
-    if (tensor === undefined) {
+    if (!stored.has(parameter.name)) {
       throw new ConfigError(
         `exportOnnx: '${parameter.name}' is kept in 8 or 4 bits; load the model with whole weights to export it`,
         {
@@ -108,7 +99,7 @@ function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onPr
       );
     }
     return async function* () {
-      for await (const values of valuesOf(tensor, parameter)) {
+      for await (const values of valuesOf(parameters, parameter)) {
         signal?.throwIfAborted();
         yield values;
         done += values.byteLength;
@@ -124,15 +115,16 @@ function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onPr
 }
 
 /** The values of a parameter as the graph takes them, some at a time. */
-async function* valuesOf(tensor: Tensor, { name, type, transposed, plus }: GraphParameter) {
-  const turned = transposed ? keep(scope(() => transpose(tensor))) : undefined;
-  const all = turned ?? tensor;
+async function* valuesOf(parameters: Parameters<SpecTree>, { name, shape, type, transposed, plus }: GraphParameter) {
+  const source = savedValues(parameters, name)!;
+  const turned = transposed ? keep(scope(() => noGrad(() => transpose(viewOf(source, shape))))) : undefined;
+  const all = turned ?? source;
   try {
     for (let from = 0; from < all.size; from += RUN) {
       const run = keep(
         scope(() => {
-          const part = rows(reshape(all, [all.size]), from, Math.min(all.size, from + RUN));
-          return part.dtype === 'f32' ? copy(part) : cast(part, 'f32');
+          const part = viewOf(all, [Math.min(RUN, all.size - from)], from);
+          return part.dtype === 'f32' ? part : cast(part, 'f32');
         }),
       );
       const values = await readAs(run, 'f32').finally(() => run.dispose());
@@ -141,6 +133,7 @@ async function* valuesOf(tensor: Tensor, { name, type, transposed, plus }: Graph
     }
   } finally {
     turned?.dispose();
+    source.dispose();
   }
 }
 

@@ -2,13 +2,15 @@
 
 import type { SafetensorsArray, SafetensorsInput } from '../io/safetensors.ts';
 import { openWeights, type Weights, writeWeights } from '../io/sharded.ts';
+import { mergedWeight } from '../nn/lora.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { sync } from '../tensor/engine.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { widenBf16, widenHalf } from '../tensor/half.ts';
-import { piecesOf, type Tensor } from '../tensor/tensor.ts';
+import { keep } from '../tensor/scope.ts';
+import { piecesOf, type Tensor, viewOf } from '../tensor/tensor.ts';
 import { type FileLayout, fileLayout, type ModelConfig, type Place } from './registry.ts';
 
 /** A parameter and where it lies in files. */
@@ -177,9 +179,23 @@ function room(length: number): Float32Array {
   return wide.subarray(0, length);
 }
 
+/**
+ * @internal The values that files of a model get for a parameter, in order, f32 or bf16: its originals, or the matrix with the change of the
+ * adapter in use. Undefined for one that is kept in few bits. The caller frees it.
+ */
+export function savedValues({ list, linears, values }: Parameters<SpecTree>, name: string): Tensor | undefined {
+  const found = list.find((each) => each.name === name);
+  if (found === undefined) return undefined;
+  const place = linears.find((each) => each.name === name);
+  return (place && mergedWeight(place)) ?? keep(viewOf(values, [found.tensor.size], found.offset));
+}
+
 export type SavedType = 'f32' | 'bf16';
 
-/** Writes the parameters of a model into the files of a folder. @throws ConfigError for a model of weights of few bits */
+/**
+ * Writes the parameters of a model into the files of a folder, matrices with the change of the adapter in use.
+ * @throws ConfigError for a model of weights of few bits
+ */
 export async function writeParameters(
   folder: string,
   config: ModelConfig,
@@ -187,7 +203,7 @@ export async function writeParameters(
   dtype: SavedType,
   shardBytes: number,
 ): Promise<void> {
-  const { list, values, weights } = parameters;
+  const { list, weights } = parameters;
   if (weights.length > 0) {
     const { format } = weights[0]!.weight;
     throw new ConfigError(
@@ -199,19 +215,23 @@ export async function writeParameters(
       },
     );
   }
-  const places = new Map(list.map(({ name, tensor, offset }) => [name, { offset, size: tensor.size }]));
+  const sizes = new Map(list.map(({ name, tensor }) => [name, tensor.size]));
   const type = dtype === 'f32' ? Float32Array : Uint16Array;
   const inputs = [...partsOf(parameters, fileLayout(config))].map(([name, parts]): SafetensorsInput => {
     const [{ shape, transposed }] = parts as [Part, ...Part[]];
-    const read = ({ name }: Part) => {
-      const { offset, size } = places.get(name)!;
-      const as = values.dtype === dtype ? undefined : (piece: Tensor) => cast(piece, dtype);
-      return piecesOf(values, offset, offset + size, as) as AsyncIterable<Float32Array | Uint16Array>;
+    const read = async function* ({ name }: Part): AsyncGenerator<Float32Array | Uint16Array> {
+      const source = savedValues(parameters, name)!;
+      const as = source.dtype === dtype ? undefined : (piece: Tensor) => cast(piece, dtype);
+      try {
+        yield* piecesOf(source, 0, source.size, as) as AsyncIterable<Float32Array | Uint16Array>;
+      } finally {
+        source.dispose();
+      }
     };
     const whole = async (): Promise<Float32Array | Uint16Array> => {
       const all = new type(shape.reduce((a, b) => a * b, 1));
       for (const part of parts) {
-        const own = new type(places.get(part.name)!.size);
+        const own = new type(sizes.get(part.name)!);
         let at = 0;
         for await (const piece of read(part)) {
           own.set(piece, at);

@@ -371,15 +371,29 @@ export function mergeAdapter(model: Adaptable, adapter: Adapter): void {
     const lowRank = live.weights.get(module)!;
     scope(() =>
       noGrad(() => {
-        const sum = add(wide(base), changeOf(lowRank));
-        if (lowRank.direction === undefined) return copy_(base, sum);
-        const norms = keep(adaptedNorms({ base, lowRank }));
-        live.lengths.set(module, norms);
-        copy_(base, scaleRows(sum, cast(lowRank.direction.magnitude, 'f32'), norms));
+        const norms = lowRank.direction === undefined ? undefined : keep(adaptedNorms({ base, lowRank }));
+        if (norms !== undefined) live.lengths.set(module, norms);
+        copy_(base, changed(base, lowRank, norms));
       }),
     );
   }
   live.merged = true;
+}
+
+/** A weight with an adapter's change [N K], f32. @param norms lengths of the rows of their sum, where they get others */
+function changed(base: Tensor | QuantizedWeight, lowRank: LowRank, norms: Tensor | undefined): Tensor {
+  const sum = add(wide(base), changeOf(lowRank));
+  return norms === undefined ? sum : scaleRows(sum, cast(lowRank.direction!.magnitude, 'f32'), norms);
+}
+
+/**
+ * @internal The matrix that a place computes with [N K], f32: the model's own weight with the change of the adapter in use. Undefined where
+ * none is. The caller frees it.
+ */
+export function mergedWeight({ weight }: LinearPlace): Tensor | undefined {
+  if (!isAdapted(weight)) return undefined;
+  const { base, lowRank } = weight;
+  return scope(() => noGrad(() => keep(changed(base, lowRank, lowRank.direction && adaptedNorms({ base, lowRank })))));
 }
 
 /**

@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { afterAll, afterEach, describe, expect, test } from 'vitest';
 import { openSafetensors, writeSafetensors } from '../../src/io/safetensors.ts';
 import { loadAdapter, saveAdapter } from '../../src/models/adapter.ts';
+import { exportGguf } from '../../src/models/gguf.ts';
 import { createModel, type LanguageModel, loadConfig, loadWeights, modelConfig, saveModel } from '../../src/models/model.ts';
 import {
   type Adapter,
@@ -175,6 +176,32 @@ test('a merged model is an ordinary one, also in a file', async () => {
   const loaded = await loadWeights(join(scratch, 'merged'));
   expect(await logits(loaded)).toEqual(merged);
   loaded.dispose();
+});
+
+test.each(['lora', 'dora', 'olora'] as const)('files of a model with %s beside it have the change in them', async (kind) => {
+  const model = await loadWeights(gemma);
+  const before = await readAs(model.parameters.values, 'f32');
+  const adapter = await createAdapter(model, kinds[kind]);
+  await train(model, adapter);
+  const applied = await logits(model);
+  await saveModel(join(scratch, 'applied'), model);
+  await exportGguf(join(scratch, 'applied.gguf'), model, undefined, { type: 'f32' });
+  await saveModel(join(scratch, 'applied-bf16'), model, undefined, { dtype: 'bf16' });
+  // In memory it is what it was.
+  expect(await logits(model)).toEqual(applied);
+  expect(await readAs(model.parameters.values, 'f32')).toEqual(before);
+  mergeAdapter(model, adapter);
+  const merged = await readAs(model.parameters.values, 'f32');
+  adapter.dispose();
+  const folder = await loadWeights(join(scratch, 'applied'));
+  expect(await readAs(folder.parameters.values, 'f32')).toEqual(merged);
+  // Its weights are others: norms with their 1 added, queries with their scale.
+  const file = await loadWeights(join(scratch, 'applied.gguf'));
+  expect(largest(await logits(file), applied)).toBeLessThan(2e-5);
+  const rounded = await loadWeights(join(scratch, 'applied-bf16'), { dtype: 'bf16' });
+  const copies = cast(model.parameters.values, 'bf16');
+  expect(await readAs(rounded.parameters.values, 'bf16')).toEqual(await readAs(copies, 'bf16'));
+  for (const each of [copies, rounded, folder, file, model]) each.dispose();
 });
 
 test('several adapters on one base, one in use at a time', async () => {

@@ -6,7 +6,8 @@ import { getLlama, type Llama, LlamaLogLevel, type LlamaModel, type Token } from
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { DecoderConfig } from '../../src/models/decoder.ts';
 import { exportGguf, type GgufType, openGgufModel } from '../../src/models/gguf.ts';
-import { createModel, type LanguageModel } from '../../src/models/model.ts';
+import type { Gpt2Config } from '../../src/models/gpt2.ts';
+import { createModel, type LanguageModel, type ModelConfig } from '../../src/models/model.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -74,7 +75,27 @@ const gemma2 = {
   finalCap: 12,
 } as const;
 
-const architectures: readonly DecoderConfig[] = [
+// Its rows in one matrix for queries, keys and values, and in one for both branches.
+const phi3 = { ...llama, architecture: 'phi3', headSize: 16, queryScalar: 16 } as const;
+const gpt2: Gpt2Config = {
+  architecture: 'gpt2',
+  vocabSize: V,
+  width: 64,
+  layers: 4,
+  heads: 4,
+  kvHeads: 4,
+  headSize: 16,
+  hidden: 128,
+  window: null,
+  layerPattern: ['global'],
+  finalCap: null,
+  normEps: 1e-5,
+  initStd: 0.15,
+  context: 512,
+  tied: true,
+};
+
+const architectures: readonly ModelConfig[] = [
   gemma2,
   { ...gemma2, queryScalar: 18 },
   {
@@ -108,6 +129,10 @@ const architectures: readonly DecoderConfig[] = [
   },
   { ...llama, architecture: 'qwen3', queryKeyNorm: true, tied: true },
   { ...llama, architecture: 'smollm3', rotary: [true, true, true, false] },
+  phi3,
+  { ...phi3, tied: true, ropeScaling: { kind: 'linear', factor: 2 } },
+  gpt2,
+  { ...gpt2, tied: false },
 ];
 
 /** Log-probabilities [T V] of what follows each token. */
@@ -171,7 +196,7 @@ function doubt(a: readonly Float64Array[], b: readonly Float64Array[]): number {
 const ids = Int32Array.from({ length: T }, (_, i) => (i * i * 31 + i * 7 + 5) % 288);
 
 /** What the model says, what it says when it was read back from its file, and what llama.cpp says. */
-async function answers(config: DecoderConfig, type: GgufType) {
+async function answers(config: ModelConfig, type: GgufType) {
   const path = join(folder, 'model.gguf');
   const original = withBiases(createModel(config, { seed: 3, trainable: false }));
   const notes = await exportGguf(path, original, tokenizer, { type });
@@ -196,7 +221,7 @@ async function answers(config: DecoderConfig, type: GgufType) {
 function withBiases(model: LanguageModel): LanguageModel {
   for (const { name, tensor: t } of model.parameters.list) {
     if (t.shape.length !== 1) continue;
-    const start = name.endsWith('.bias') ? 0 : 1 - (model.config as DecoderConfig).normOffset;
+    const start = name.endsWith('.bias') ? 0 : 1 - ('normOffset' in model.config ? model.config.normOffset : 0);
     model.parameters.write(
       name,
       0,
@@ -224,7 +249,7 @@ describe('log-probabilities over 256 positions', () => {
         expect(difference(r.again, r.llamaCpp)).toBeLessThan(2 * rounding);
         expect(doubt(r.again, r.llamaCpp)).toBeLessThan(8 * rounding);
         expect(r.notes).toEqual([]);
-        const { queryScalar: _, initStd: __, ...same } = config;
+        const { queryScalar: _, initStd: __, ...same } = { queryScalar: 0, ...config };
         expect(r.config).toMatchObject(same);
         if (config.window !== null) {
           // The window bites: without it the answers are others.
@@ -238,27 +263,40 @@ describe('log-probabilities over 256 positions', () => {
     },
   );
 
-  test('Mistral: the same up to its window, which llama.cpp does not follow, as the export says', {
-    timeout: 60_000,
-  }, async () => {
-    const r = await answers({ ...llama, architecture: 'mistral', window: 64, layerPattern: ['local'] }, 'f16');
-    const first = (all: readonly Float64Array[]) => all.slice(0, 64);
-    const rounding = difference(first(r.original), first(r.again));
-    expect(difference(first(r.again), first(r.llamaCpp))).toBeLessThan(2 * rounding);
-    expect(difference(r.again, r.llamaCpp)).toBeGreaterThan(20 * rounding);
-    expect(r.notes).toEqual([expect.stringContaining('does not follow the window of 64')]);
-    expect(r.config).toMatchObject({ architecture: 'mistral', window: 64, layerPattern: ['local'] });
-    const whole = await answers({ ...llama, architecture: 'mistral' }, 'f16');
-    expect(difference(whole.again, whole.llamaCpp)).toBeLessThan(2 * difference(whole.original, whole.again));
-    expect(whole.notes).toEqual([]);
-  });
+  test.each([{ ...llama, architecture: 'mistral' } as const, phi3])(
+    '$architecture: the same up to its window, which llama.cpp does not follow, as the export says',
+    {
+      timeout: 60_000,
+    },
+    async (config) => {
+      const { architecture } = config;
+      const r = await answers({ ...config, window: 64, layerPattern: ['local'] }, 'f16');
+      const first = (all: readonly Float64Array[]) => all.slice(0, 64);
+      const rounding = difference(first(r.original), first(r.again));
+      expect(difference(first(r.again), first(r.llamaCpp))).toBeLessThan(2 * rounding);
+      expect(difference(r.again, r.llamaCpp)).toBeGreaterThan(20 * rounding);
+      expect(r.notes).toEqual([expect.stringContaining('does not follow the window of 64')]);
+      expect(r.config).toMatchObject({ architecture, window: 64, layerPattern: ['local'] });
+      const whole = await answers(config, 'f16');
+      expect(difference(whole.again, whole.llamaCpp)).toBeLessThan(2 * difference(whole.original, whole.again));
+      expect(whole.notes).toEqual([]);
+    },
+  );
 
   test('mixtures of K types, and tensors whose rows are no whole blocks', { timeout: 60_000 }, async () => {
     const wide = { ...gemma2, width: 256, hidden: 512, layers: 8, heads: 8, initStd: 0.1 };
-    for (const type of ['q6_k', 'q4_k_m'] as const) {
-      const r = await answers(wide, type);
+    const joint = { ...phi3, width: 256, hidden: 512, layers: 8, heads: 8, headSize: 32, queryScalar: 32, initStd: 0.1 };
+    const learned = { ...gpt2, width: 256, hidden: 512, heads: 8, headSize: 32, initStd: 0.1 };
+    for (const [config, type, limit] of [
+      [wide, 'q6_k', 0.3],
+      [wide, 'q5_k_m', 0.6],
+      [wide, 'q4_k_m', 1],
+      [joint, 'q4_k_m', 1.5],
+      [learned, 'q5_k_m', 0.6],
+    ] as const) {
+      const r = await answers(config, type);
       const rounding = difference(r.original, r.again);
-      expect(rounding).toBeLessThan(type === 'q6_k' ? 0.3 : 1);
+      expect(rounding).toBeLessThan(limit);
       expect(difference(r.again, r.llamaCpp)).toBeLessThan(rounding);
       expect(r.notes).toEqual([]);
     }
