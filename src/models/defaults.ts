@@ -1,7 +1,7 @@
 // generation_config.json of a model folder, and its like in a GGUF file: how its makers would have it write.
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { GgufMetadata } from '../io/gguf.ts';
+import type { GgufMetadata } from '../io/gguf-header.ts';
 import { FormatError } from '../tensor/errors.ts';
 import type { TokenOptions } from './generate.ts';
 
