@@ -102,6 +102,7 @@ export {
   saveModel,
 } from './models/model.ts';
 export { exportOnnx, type OnnxExportOptions } from './models/onnx.ts';
+export { createPrefixCache, type PrefixCache } from './models/prefix.ts';
 export { type Preset, presets } from './models/presets.ts';
 export { architectureNames, modelSpec } from './models/registry.ts';
 export type { SamplingOptions } from './models/sampling.ts';

@@ -49,9 +49,11 @@ ${commands}
   async run({ args, rawArgs }) {
     const options = samplingOptions(args, rawArgs);
     const loading = loadingOptions(args);
-    const { chatTemplate, loadChatTemplate, loadGenerator, resolveCheckpoint } = await load();
+    const { chatTemplate, createPrefixCache, loadChatTemplate, loadGenerator, resolveCheckpoint } = await load();
     const folder = await resolveCheckpoint(args.checkpoint);
     const generator = await loadGenerator({ checkpoint: folder, ...loading });
+    // The next turn's prompt begins with the text of this one.
+    const cache = createPrefixCache();
     try {
       const { tokenizer, defaults } = generator;
       const template =
@@ -59,20 +61,20 @@ ${commands}
       if (template === undefined) {
         throw new UsageError(`${folder} has no chat template; name a style with --template, such as --template chatml`);
       }
-      await converse(generator, template, { tokens: 512, ...defaults, ...options }, args.system, args.json === true);
+      await converse(generator, template, { tokens: 512, ...defaults, ...options, cache }, args.system, args.json === true);
     } finally {
+      cache.dispose();
       generator.model.dispose();
     }
   },
 });
 
 async function load() {
-  const [completion, folder, chat] = await Promise.all([
-    import('../models/completion.ts'),
-    import('../models/folder.ts'),
-    import('../tokenizer/chat.ts'),
-  ]);
-  return { ...completion, ...folder, ...chat };
+  const completion = await import('../models/completion.ts');
+  const folder = await import('../models/folder.ts');
+  const prefix = await import('../models/prefix.ts');
+  const chat = await import('../tokenizer/chat.ts');
+  return { ...completion, ...folder, ...prefix, ...chat };
 }
 
 /** Reads lines and answers them until the input ends. */

@@ -33,7 +33,7 @@ export const samplingArguments = {
 type Arguments = { readonly [K in keyof typeof samplingArguments]?: string | undefined };
 
 /** What was asked for; the rest comes from the model's folder. @throws UsageError */
-export function samplingOptions(args: Arguments, rawArgs: readonly string[]): Omit<TextOptions, 'signal'> {
+export function samplingOptions(args: Arguments, rawArgs: readonly string[]): Omit<TextOptions, 'cache' | 'signal'> {
   const all = (name: string): string[] => allValues(rawArgs, samplingArguments, name);
   const bias = all('logit-bias').map((pair) => {
     const [, id, value] = /^(\d+)=(.+)$/.exec(pair) ?? [];

@@ -32,7 +32,8 @@ limbeck serve runs/student --template chatml
     const { openProvider } = await import('../synth/providers/open.ts');
     const module = await import('../synth/serve.ts');
     const port = numberOption('port', args.port, 0, true, 65535);
-    const provider = await openProvider(modelSpec(args.model, { ...args, 'model-name': args.name }));
+    // A client sends the whole conversation with every turn.
+    const provider = await openProvider({ ...modelSpec(args.model, { ...args, 'model-name': args.name }), reuse: true });
     try {
       const serving = await module.serve(provider, {
         ...(port === undefined ? {} : { port }),

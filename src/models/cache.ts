@@ -4,8 +4,10 @@ import { type AttentionOptions, attention, attentionStep } from '../ops/attentio
 import { copy_ } from '../ops/elementwise.ts';
 import { reshape, rows } from '../ops/reshape.ts';
 import { ShapeError } from '../tensor/errors.ts';
-import { keep } from '../tensor/scope.ts';
+import { keep, scope } from '../tensor/scope.ts';
+import { noGrad } from '../tensor/tape.ts';
 import { empty, type Tensor, tensor } from '../tensor/tensor.ts';
+import { type BaseConfig, layerWindow } from './config.ts';
 
 interface KeyValue {
   readonly key: Tensor;
@@ -52,6 +54,45 @@ export function createCache(sequences: number, capacity: number): KeyValueCache 
       }
     },
   };
+}
+
+/**
+ * How many tokens of a sequence can stay when it is to go on after `length` of them: all of these, or none where a local layer has lost keys
+ * that the next token would see. To set `cache.lengths` is left to the caller.
+ */
+export function reusable(cache: KeyValueCache, sequence: number, length: number): number {
+  const now = cache.lengths[sequence]!;
+  // A ring that went round holds its last R keys, of which the next token sees all but one.
+  const whole = cache.layers.every((layer) => now <= (layer?.key.shape[1] ?? now));
+  return length <= now && (whole || length >= now - 1) ? length : 0;
+}
+
+/** A cache of at least as many sequences and as much capacity, with what is in another; that is left to the caller. */
+export function resized(
+  from: KeyValueCache,
+  config: Pick<BaseConfig, 'layerPattern' | 'window'>,
+  sequences: number,
+  capacity: number,
+): KeyValueCache {
+  const to = createCache(sequences, capacity);
+  to.lengths.set(from.lengths);
+  for (const [i, layer] of from.layers.entries()) {
+    if (layer === undefined) continue;
+    const [, before = 0, ...head] = layer.key.shape;
+    const places = Math.min(layerWindow(config, i) ?? capacity, capacity);
+    const copied = (old: Tensor): Tensor => {
+      const fresh = keep(empty([sequences, places, ...head], old.dtype));
+      for (const [n, length] of from.lengths.entries()) {
+        // A ring has its size already, and keeps its turn.
+        const count = Math.min(length, before);
+        const part = (t: Tensor, size: number): Tensor => rows(reshape(t, [-1, ...head]), n * size, n * size + count);
+        if (count > 0) copy_(part(fresh, places), part(old, before));
+      }
+      return fresh;
+    };
+    to.layers[i] = scope(() => noGrad(() => ({ key: copied(layer.key), value: copied(layer.value) })));
+  }
+  return to;
 }
 
 /**

@@ -14,6 +14,7 @@ import {
   type TokenRequest,
 } from './generate.ts';
 import { type LanguageModel, type LoadOptions, loadModel } from './model.ts';
+import type { PrefixCache } from './prefix.ts';
 import { check } from './sampling.ts';
 
 /** A text, to be encoded with a begin token where the tokenizer has one, or ids, taken as they are. */
@@ -24,8 +25,13 @@ export interface TextOptions extends Omit<TokenOptions, 'until'> {
   readonly stop?: string | readonly string[];
   /** Ids that end the text, beside the tokenizer's end token. Default none. */
   readonly stopIds?: readonly number[];
+  /** Keeps keys and values for the next call: the turns of a conversation read only what is new. Default: none. */
+  readonly cache?: PrefixCache;
   readonly signal?: AbortSignal;
 }
+
+/** What is not of one text but of a call. */
+type CallOption = 'cache' | 'signal';
 
 /** Text that is certain, and the tokens that came since the piece before. */
 export interface TextPiece {
@@ -89,7 +95,7 @@ export interface TextCompletion {
 
 export interface CompleteOptions extends TextOptions, Pick<BatchOptions, 'batch' | 'chunk'> {
   /** Options of one prompt that differ, by its index. */
-  readonly each?: (index: number) => Omit<TextOptions, 'signal'>;
+  readonly each?: (index: number) => Omit<TextOptions, CallOption>;
 }
 
 /**
@@ -128,10 +134,10 @@ export async function complete(
   return all;
 }
 
-function batchOptions(tokenizer: Tokenizer, { signal, ...options }: CompleteOptions): BatchOptions {
-  const { batch, chunk } = options;
+function batchOptions(tokenizer: Tokenizer, { batch, cache, chunk, signal }: CompleteOptions): BatchOptions {
   return {
     vocabSize: tokenizer.vocabSize,
+    ...(cache === undefined ? {} : { cache }),
     ...(batch === undefined ? {} : { batch }),
     ...(chunk === undefined ? {} : { chunk }),
     ...(signal === undefined ? {} : { signal }),
@@ -142,7 +148,7 @@ function batchOptions(tokenizer: Tokenizer, { signal, ...options }: CompleteOpti
 export function textRequest(
   tokenizer: Tokenizer,
   prompt: Prompt,
-  options: Omit<TextOptions, 'signal'>,
+  options: Omit<TextOptions, CallOption>,
 ): { readonly request: TokenRequest; readonly text: TextWriter } {
   const text = textWriter(tokenizer.decoder({ skipSpecial: true }), options.stop);
   return { text, request: requestOf(tokenizer, prompt, options, text) };
@@ -211,7 +217,7 @@ export function textWriter(decoder: TokenDecoder, stop: string | readonly string
   };
 }
 
-export interface GenerateOptions extends TextOptions {
+export interface GenerateOptions extends Omit<TextOptions, 'cache'> {
   /** A model folder, or the output folder of a run: its newest checkpoint. */
   readonly checkpoint: string;
   readonly prompt: Prompt;

@@ -9,8 +9,9 @@ import { type Graph, graph } from '../tensor/graph.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
 import { readAs, type Tensor, tensor, write } from '../tensor/tensor.ts';
-import { cacheRows, createCache, type KeyValueCache } from './cache.ts';
+import { cacheRows, type KeyValueCache } from './cache.ts';
 import type { LanguageModel } from './model.ts';
+import { type PrefixCache, temporaryPlaces } from './prefix.ts';
 import {
   adjust,
   candidatesOf,
@@ -50,6 +51,8 @@ export interface BatchOptions {
   readonly chunk?: number;
   /** Ids below it can be drawn: those that the tokenizer knows. Default: the model's vocabulary. */
   readonly vocabSize?: number;
+  /** Keeps keys and values for the next call, whose prompts may begin as these texts do. Default: they are forgotten. */
+  readonly cache?: PrefixCache;
   readonly signal?: AbortSignal;
 }
 
@@ -105,18 +108,22 @@ export async function* generateTokens(
   const waiting = requests.map((request, index) => textOf(model, request, index, ids));
   if (waiting.length === 0) return;
   const capacity = Math.max(...waiting.map((text) => text.prompt.length + text.most));
-  const cache = createCache(Math.min(batch, waiting.length), capacity);
-  const step = stepper(model, cache, ids);
-  const places = Array.from({ length: cache.sequences }, (_, i) => i);
+  const most = Math.min(batch, waiting.length);
+  const places = options.cache?.open(model, most, capacity) ?? temporaryPlaces(most, capacity);
+  const step = stepper(model, places.cache, ids);
   let running: Text[] = [];
+  const held = new Set<Text>();
+  let sound = true;
   try {
     while (waiting.length + running.length > 0) {
       if (signal?.aborted) {
         for (const { index } of [...running, ...waiting]) yield { type: 'end', index, reason: 'aborted' };
         return;
       }
-      const fresh = waiting.length > 0 ? places.pop() : undefined;
+      const room = waiting.length > 0 && running.length < most;
+      const fresh = room ? places.take(waiting[0]!.prompt) : undefined;
       const texts = fresh === undefined ? running : [{ ...waiting.shift()!, place: fresh }];
+      for (const text of texts) held.add(text);
       const scores = fresh === undefined ? await step.next(running) : await step.read(texts[0]!, chunk);
       const ended = new Set<Text>();
       for (const [i, text] of texts.entries()) {
@@ -124,17 +131,23 @@ export async function* generateTokens(
         if (token !== undefined) yield { type: 'token', index: text.index, ...token };
         if (reason === undefined) continue;
         ended.add(text);
-        cache.lengths[text.place] = 0;
-        places.push(text.place);
+        held.delete(text);
+        places.give(text.place, idsOf(text));
         yield { type: 'end', index: text.index, reason };
       }
       running = [...(fresh === undefined ? [] : running), ...texts].filter((text) => !ended.has(text));
     }
+  } catch (error) {
+    sound = false;
+    throw error;
   } finally {
     step.dispose();
-    cache.dispose();
+    for (const text of held) places.give(text.place, idsOf(text));
+    places.close(sound);
   }
 }
+
+const idsOf = ({ prompt, generated }: Text): Int32Array => Int32Array.from([...prompt, ...generated]);
 
 function textOf(
   model: LanguageModel,
@@ -288,11 +301,11 @@ function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) 
     });
 
   return {
-    /** Reads the prompt of a text. */
+    /** Reads what the cache has not of the prompt of a text. */
     async read(text: Text, chunk: number): Promise<Scores> {
       const { prompt, place } = text;
       forget();
-      for (let from = 0; from < prompt.length; from += chunk) {
+      for (let from = cache.lengths[place]!; from < prompt.length; from += chunk) {
         const t = Math.min(chunk, prompt.length - from);
         const result = scope(() =>
           noGrad(() => {

@@ -10,7 +10,7 @@ import { reward } from '../../src/synth/judge.ts';
 import { magpie } from '../../src/synth/magpie/magpie.ts';
 import { preQueryFromTemplate } from '../../src/synth/magpie/templates.ts';
 import { type PipelineEvent, readManifest, readRecords, runPipeline } from '../../src/synth/pipeline.ts';
-import type { Provider } from '../../src/synth/provider.ts';
+import type { ChatMessage, Provider } from '../../src/synth/provider.ts';
 import { openLocalProvider } from '../../src/synth/providers/local.ts';
 import { openaiProvider } from '../../src/synth/providers/openai.ts';
 import type { InstructionRecord } from '../../src/synth/record.ts';
@@ -61,6 +61,24 @@ describe('calls', () => {
       const { usage } = await provider.chat(messages, { maxTokens: 1 });
       expect(usage.promptTokens).toBe(ids.length);
     }));
+
+  test('a conversation that is read from where it goes on is the same', async () => {
+    const greedy = { temperature: 0, maxTokens: 12 };
+    const again = await openLocalProvider(model, { template: 'chatml', batch: 2, reuse: true });
+    try {
+      await withModel(async (provider) => {
+        const messages: ChatMessage[] = [];
+        for (const content of ['What is the food of Narnia?', 'And of Oz?', 'a<|im_end|>b']) {
+          messages.push({ role: 'user', content });
+          const { text } = await provider.chat(messages, greedy);
+          expect((await again.chat(messages, greedy)).text).toBe(text);
+          messages.push({ role: 'assistant', content: text });
+        }
+      });
+    } finally {
+      await again.dispose();
+    }
+  });
 
   test('it has learned to chat, and stops', () =>
     withModel(async (provider) => {

@@ -5,6 +5,7 @@ import { type TextToken, textRequest } from '../../models/completion.ts';
 import { resolveCheckpoint } from '../../models/folder.ts';
 import { generateTokens } from '../../models/generate.ts';
 import { type LanguageModel, loadModel } from '../../models/model.ts';
+import { createPrefixCache } from '../../models/prefix.ts';
 import { init, started } from '../../tensor/engine.ts';
 import { DataError } from '../../tensor/errors.ts';
 import { scope } from '../../tensor/scope.ts';
@@ -36,6 +37,11 @@ export interface LocalOptions {
   readonly template?: ChatTemplate;
   /** Texts that are worked on together. Default 8. */
   readonly batch?: number;
+  /**
+   * Keep keys and values between calls, so that a prompt which begins as an earlier one did is read from where they part. Logits may differ in
+   * the last bits then, and with them a draw that lies on an edge. Default false.
+   */
+  readonly reuse?: boolean;
 }
 
 interface Waiting {
@@ -47,9 +53,10 @@ interface Waiting {
   readonly reject: (error: unknown) => void;
 }
 
-/** A model of this process; the caller disposes of the model. Same seed, same text, whatever else is in its batch. */
+/** A model of this process; the caller disposes of the model. Same seed, same text, whatever else is in its batch, unless `reuse`. */
 export function localProvider(options: LocalOptions): Provider {
-  const { model, tokenizer, template, batch = 8, name = 'limbeck' } = options;
+  const { model, tokenizer, template, batch = 8, name = 'limbeck', reuse = false } = options;
+  const cache = reuse ? createPrefixCache({ texts: batch }) : undefined;
   const meter: Meter = { requests: 0, retries: 0, promptTokens: 0, completionTokens: 0 };
   const can: Abilities = {
     complete: true,
@@ -137,7 +144,8 @@ export function localProvider(options: LocalOptions): Provider {
 
   const run = async (prepared: readonly ReturnType<typeof prepare>[]): Promise<void> => {
     const requests = prepared.map(({ request }) => request);
-    for await (const event of generateTokens(model, requests, { batch, vocabSize: tokenizer.vocabSize })) {
+    const together = { batch, vocabSize: tokenizer.vocabSize, ...(cache === undefined ? {} : { cache }) };
+    for await (const event of generateTokens(model, requests, together)) {
       const state = prepared[event.index]!;
       const { call, text, tokens } = state;
       if (event.type === 'token') tokens.push(event);
@@ -195,6 +203,7 @@ export function localProvider(options: LocalOptions): Provider {
     },
     async dispose() {
       await working;
+      cache?.dispose();
     },
   };
 }

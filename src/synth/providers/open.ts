@@ -22,11 +22,13 @@ export interface ProviderSpec {
   readonly threads?: number;
   /** Chat template of a local model: the name of a style, or Jinja source. Default: the model's own. */
   readonly template?: string;
+  /** Keep keys and values of a local model's folder between calls: see {@link LocalOptions}. Default false. */
+  readonly reuse?: boolean;
 }
 
 /** Opens a provider. @throws ConfigError, FormatError */
 export async function openProvider(spec: ProviderSpec): Promise<Provider> {
-  const { provider, model, concurrency, dialect, template, threads } = spec;
+  const { provider, model, concurrency, dialect, reuse, template, threads } = spec;
   const key = spec.key ?? process.env.LIMBECK_API_KEY;
   const common = { ...(concurrency === undefined ? {} : { concurrency }), ...(key === undefined ? {} : { key }) };
   if (/^https?:\/\//.test(provider)) {
@@ -55,5 +57,6 @@ export async function openProvider(spec: ProviderSpec): Promise<Provider> {
     ...(threads === undefined ? {} : { threads }),
     ...(template === undefined ? {} : { template }),
     ...(model === undefined ? {} : { name: model }),
+    ...(reuse === undefined ? {} : { reuse }),
   });
 }
