@@ -193,15 +193,6 @@ export function makeAdapter(
   const device = deviceOf(chosen[0]!.place);
   const parameters = withDevice(device, () => createParameters(tree, { trainable }));
   const weights = new Map<string, Mutable<LowRank>>();
-  for (const { module, place } of chosen) {
-    const magnitude = parameters.tree.magnitude[module];
-    weights.set(module, {
-      a: parameters.tree.a[module]!,
-      b: parameters.tree.b[module]!,
-      scale: options.rankStabilized ? alpha / Math.sqrt(rank) : alpha / rank,
-      direction: magnitude === undefined ? undefined : { magnitude, squares: scope(() => keep(rowSquares(wide(baseOf(place))))) },
-    });
-  }
   const adapter: LiveAdapter = {
     options,
     parameters,
@@ -217,6 +208,21 @@ export function makeAdapter(
       parameters.dispose();
     },
   };
+  try {
+    for (const { module, place } of chosen) {
+      const magnitude = parameters.tree.magnitude[module];
+      weights.set(module, {
+        a: parameters.tree.a[module]!,
+        b: parameters.tree.b[module]!,
+        scale: options.rankStabilized ? alpha / Math.sqrt(rank) : alpha / rank,
+        direction:
+          magnitude === undefined ? undefined : { magnitude, squares: scope(() => keep(rowSquares(wide(baseOf(place))))) },
+      });
+    }
+  } catch (error) {
+    adapter.dispose();
+    throw error;
+  }
   return adapter;
 }
 
@@ -266,11 +272,11 @@ async function fill(adapter: LiveAdapter, places: readonly LinearPlace[]): Promi
 export function rememberStart(lowRank: Mutable<LowRank>): void {
   const copyOf = (t: Tensor): Tensor =>
     withDevice(t.device, () => {
-      const made = keep(empty(t.shape, t.dtype));
+      const made = empty(t.shape, t.dtype);
       copy_(made, t);
       return made;
     });
-  lowRank.start = { a: copyOf(lowRank.a), b: copyOf(lowRank.b) };
+  lowRank.start = keep(scope(() => ({ a: copyOf(lowRank.a), b: copyOf(lowRank.b) })));
 }
 
 function uniformValues(size: number, limit: number, seed: number, stream: number): Float32Array {

@@ -192,6 +192,11 @@ function placesOf(tree: SpecTree, tensors: unknown): LinearPlace[] {
  * @throws ConfigError where parameters of few bits are to be trained.
  */
 export function createParameters<S extends SpecTree>(tree: S, options: ParameterOptions = {}): Parameters<S> {
+  // All of them or none: where one finds no room, the scope frees the others.
+  return keep(scope(() => makeParameters(tree, options)));
+}
+
+function makeParameters<S extends SpecTree>(tree: S, options: ParameterOptions): Parameters<S> {
   const { trainable = true, seed, dtype = currentDevice() === 'cpu' ? 'f32' : 'bf16', master = true } = options;
   const { weights: format } = options;
   const few = (s: ParameterSpec): s is WeightSpec => format !== undefined && 'linear' in s;
@@ -214,7 +219,7 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
   );
   const size = lengths.reduce((a, b) => a + b, 0);
   const zeros = (type: 'f32' | 'bf16'): Tensor => {
-    const t = keep(empty([size], type));
+    const t = empty([size], type);
     fill_(t, 0);
     return t;
   };
@@ -240,7 +245,7 @@ export function createParameters<S extends SpecTree>(tree: S, options: Parameter
         continue;
       }
       const count = sizeOf(spec);
-      const t = keep(viewOf(copies ?? values, spec.shape, offset));
+      const t = viewOf(copies ?? values, spec.shape, offset);
       if (seed !== undefined) initialise(values, offset, spec, seed, stream);
       if (spec.decay) decay.fill(1, offset / block, (offset + padded(count)) / block);
       tensors.set(spec, t);

@@ -1,7 +1,7 @@
 // A frozen matrix of few bits an element, which is filled without ever lying in memory whole in a wider type.
 import { type QuantizedFormat, type QuantizedWeight, quantize_, quantizedShapes } from '../ops/quant.ts';
 import { LimbeckError } from '../tensor/errors.ts';
-import { keep, scope } from '../tensor/scope.ts';
+import { scope } from '../tensor/scope.ts';
 import { empty, tensor, viewOf } from '../tensor/tensor.ts';
 
 /** A parameter that is kept in few bits. */
@@ -17,12 +17,12 @@ export interface QuantizedParameter {
 /** Elements that are rounded at once: whole rows of at most a MiB of f32, but one at least. */
 const atOnce = 1 << 18;
 
-/** Makes one; its values are undefined until all are written. */
+/** Makes one in the current scope; its values are undefined until all are written. */
 export function createQuantized(name: string, shape: readonly [number, number], format: QuantizedFormat): QuantizedParameter {
   const [n, k] = shape;
   const sizes = quantizedShapes(format, n, k);
   const scale = empty(sizes.scale, format === 'fp8' ? 'f32' : 'bf16');
-  const weight = keep({ format, shape, codes: empty(sizes.codes, 'u8'), scale } as QuantizedWeight);
+  const weight = { format, shape, codes: empty(sizes.codes, 'u8'), scale } as QuantizedWeight;
   let staged: Float32Array | undefined;
   let done = 0; // elements that are rounded
   let waiting = 0; // elements that are staged

@@ -156,8 +156,15 @@ async function* train(parts: TrainingParts, options: LoopOptions): AsyncGenerato
       const rate = learningRate(run.schedule, run.optimizer.learningRate, step, steps);
       const share = predicted > 0 ? 1 / predicted : 1;
       const from = step * run.batch.accumulate;
-      const losses = batches.map((batch, i) => gradients(parts.loss, batch, share, from + i));
-      const norm = keep(optimizer.step(rate));
+      const losses: LossTensors[] = [];
+      let norm: Tensor;
+      try {
+        for (const [i, batch] of batches.entries()) losses.push(gradients(parts.loss, batch, share, from + i));
+        norm = keep(optimizer.step(rate));
+      } catch (error) {
+        for (const one of losses) free(one);
+        throw error;
+      }
       step++;
       tokens += batches.reduce((n, b) => n + b.tokens, 0);
       const values = readStep(losses, norm);
@@ -284,14 +291,19 @@ async function* samples({ run, model, tokenizer }: TrainingParts, step: number):
 export function gradients(loss: TrainingParts['loss'], batch: Batch, share: number, index = 0): LossTensors {
   return keep(
     scope(() => {
-      let all: LossTensors | undefined;
-      const total = valueAndGrad(() => {
-        all = loss(upload(batch, share), { index, batch });
-        // What is only reported must outlive the pass.
-        keep({ kl: all.kl, ce: all.ce });
-        return all.total;
-      });
-      return { ...all!, total };
+      let reported: Omit<LossTensors, 'total'> = {};
+      try {
+        const total = valueAndGrad(() => {
+          const { total, ...rest } = loss(upload(batch, share), { index, batch });
+          // What is only reported must outlive the pass.
+          reported = keep(rest);
+          return total;
+        });
+        return { ...reported, total };
+      } catch (error) {
+        free(reported);
+        throw error;
+      }
     }),
   );
 }
@@ -315,9 +327,13 @@ async function readStep(
     ]);
     return { loss: loss!, norm: Math.sqrt(squared), ...(kl === undefined ? {} : { kl }), ...(ce === undefined ? {} : { ce }) };
   } finally {
-    for (const l of losses) for (const t of [l.total, l.kl, l.ce]) t?.dispose();
+    for (const one of losses) free(one);
     norm.dispose();
   }
+}
+
+function free({ total, kl, ce }: Partial<LossTensors>): void {
+  for (const t of [total, kl, ce]) t?.dispose();
 }
 
 function notFinite(reading: Reading, values: { loss: number; norm: number }, checkpoint: string | undefined): TrainingError {

@@ -37,20 +37,25 @@ export function createOptimizer(parameters: Parameters<SpecTree>, options: Optim
   const { beta1, beta2, eps, weightDecay, clip, seed, moments = 'f32' } = options;
   const n = values.size;
   const f32 = (size: number): Tensor => {
-    const t = keep(empty([size]));
+    const t = empty([size]);
     fill_(t, 0);
     return t;
   };
-  const state: Record<string, Tensor> =
-    moments === 'f32'
-      ? { m: f32(n), v: f32(n) }
-      : {
-          m: keep(zeros([n], 'u8')),
-          v: keep(zeros([n], 'u8')),
-          'm.scale': f32(Math.ceil(n / momentBlock)),
-          'v.scale': f32(Math.ceil(n / momentBlock)),
-        };
-  const decay = keep(tensor(parameters.decay));
+  // All of them or none: where one finds no room, the scope frees the others.
+  const { state, decay } = keep(
+    scope((): { state: Record<string, Tensor>; decay: Tensor } => ({
+      state:
+        moments === 'f32'
+          ? { m: f32(n), v: f32(n) }
+          : {
+              m: zeros([n], 'u8'),
+              v: zeros([n], 'u8'),
+              'm.scale': f32(Math.ceil(n / momentBlock)),
+              'v.scale': f32(Math.ceil(n / momentBlock)),
+            },
+      decay: tensor(parameters.decay),
+    })),
+  );
   /** The part of a moment that belongs to a group. */
   const moment = (name: string, offset: number, size: number): Tensor | Moment8 => {
     const part = viewOf(state[name]!, [size], offset);
