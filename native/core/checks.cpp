@@ -42,23 +42,14 @@ void check_attention(const Call& call, int first, bool square) {
 }
 
 void check_attention_step(const Call& call) {
-  const View &q = call.in[0], &keys = call.in[3], &rows = call.in[5], &positions = call.in[6];
-  const int64_t b = q.dims[0], h = q.dims[2], d = q.dims[3], n = keys.dims[0], r = keys.dims[1], g = keys.dims[2];
+  const View &q = call.in[0], &keys = call.in[3];
+  const int64_t h = q.dims[2], d = q.dims[3], r = keys.dims[1], g = keys.dims[2];
   if (g < 1 || h < 1 || h % g != 0 || d < 1)
     fail(ErrorKind::shape, "ERR_ATTENTION_HEADS", call.op, "q",
          text("q has %lld heads of size %lld, which cannot share the %lld heads of keys evenly", Long{h}, Long{d}, Long{g}),
          text("a multiple of %lld heads", Long{g}), text("%lld", Long{h}));
   if (r < 1)
     fail(ErrorKind::shape, "ERR_SHAPE", call.op, "keys", text("keys has room for no tokens"), text("1 or more"), text("0"));
-  for (int64_t i = 0; i < b; ++i) {
-    const Long row = rows.as<const int32_t>()[i], position = positions.as<const int32_t>()[i];
-    if (row < 0 || row >= n)
-      fail(ErrorKind::data, "ERR_CACHE_ROW", call.op, "rows", text("rows is %lld at %lld, the cache has %lld sequences", row, Long{i}, Long{n}),
-           text("0 to %lld", Long{n - 1}), text("%lld", row));
-    if (position < 0)
-      fail(ErrorKind::data, "ERR_CACHE_POSITION", call.op, "positions", text("positions is %lld at %lld", position, Long{i}), text("0 or more"),
-           text("%lld", position));
-  }
 }
 
 void check_distill(const Call& call) {
@@ -160,6 +151,11 @@ Error error_of(Fault fault, const char* name, int64_t at, double given, int64_t 
       return data("ERR_ATTENTION_STARTS", "starts",
                   "starts is " + value + " at row " + position + "; it should be the first position of that token's document")
           .wanted("a position from its predecessor's start to its own").got(value);
+    case Fault::cache_row:
+      return data("ERR_CACHE_ROW", "rows", "rows is " + value + " at " + position + ", the cache has " + limit + " sequences")
+          .wanted("0 to " + last).got(value);
+    case Fault::cache_position:
+      return data("ERR_CACHE_POSITION", "positions", "positions is " + value + " at " + position).wanted("0 or more").got(value);
     case Fault::none: break;
   }
   return Error(ErrorKind::internal, "ERR_INTERNAL", op + ": a kernel reported a fault without a kind");

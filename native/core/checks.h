@@ -16,7 +16,6 @@ enum Tail { bucket, renormalize, truncate, tail_count };
 
 // q, k, v, starts stand at in[first..]; scalars are scale, cap, window. `square`: as many keys as queries.
 void check_attention(const Call& call, int first, bool square);
-// Of attention_step; its data too, which the host can see.
 void check_attention_step(const Call& call);
 void check_distill(const Call& call);
 // One entry of `blocks` for each `size` of the parameters in in[0].
@@ -29,7 +28,7 @@ void check_top_k(const Call& call);
 
 // ---- Data: what kernels find in it.
 
-enum class Fault : unsigned long long { none, table_row, row_index, target, teacher_token, teacher_twice, teacher_mass, document_start };
+enum class Fault : unsigned long long { none, table_row, row_index, target, teacher_token, teacher_twice, teacher_mass, document_start, cache_row, cache_position };
 
 // `value` stands at `position`; those that are right lie below `limit`. A GPU tells of it later, so this makes the error only.
 Error error_of(Fault fault, const char* op, int64_t position, double value, int64_t limit);

@@ -588,7 +588,7 @@ void decode_part(const Problem& p, int64_t key_at, int64_t count, int64_t q_head
   const Vec factor = splat(p.q_factor()), cap = splat(p.cap * kLog2e);
   for (int n = 0; n < N; ++n) {
     float* x = scores + n * kDecodeKeys;
-    for (int64_t i = count; i < ceil_div(count, W) * W; ++i) x[i] = -__builtin_inff();
+    for (int64_t i = count; i < ceil_div(count, W) * W; ++i) x[i] = x[0];  // whatever the factor, no larger than the largest
     Vec top = splat(-3.402823466e38f), total{};
     for (int64_t i = 0; i < count; i += W) {
       Vec z = load(x + i) * factor;
@@ -737,6 +737,11 @@ void attention_step(const Call& call) {
   const float *k = call.in[1].as<const float>(), *v = call.in[2].as<const float>();
   float *keys = call.in[3].as<float>(), *values = call.in[4].as<float>();
   const int32_t *rows = call.in[5].as<const int32_t>(), *positions = call.in[6].as<const int32_t>();
+  const int64_t sequences = call.in[3].dims[0];
+  for (int64_t i = 0; i < p.b; ++i) {
+    if (rows[i] < 0 || rows[i] >= sequences) raise(Fault::cache_row, call.op, i, rows[i], sequences);
+    if (positions[i] < 0) raise(Fault::cache_position, call.op, i, positions[i], 0);
+  }
   decode(
       call, p, [&](int64_t batch) { return Seen{rows[batch], least(int64_t{positions[batch]} + 1, p.s)}; },
       [&](int64_t batch, int64_t head, int64_t key0, int64_t end) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/checks.h"
-#include "core/fail.h"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/attention_sm90.cuh"
 #include "cuda/fault.h"
@@ -18,14 +17,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What only these kernels refuse, then what every device does.
 void check(const Call& call, int first, bool square) {
-  const View& q = call.in[first];
-  const long long d = q.dims[3];
-  if (q.dtype != DType::bf16)
-    fail(ErrorKind::dtype, "ERR_DTYPE", call.op, "q", text("q is %s; on the GPU attention computes in bf16: cast q, k and v to bf16", name_of(q.dtype)),
-         text("bf16"), text("%s", name_of(q.dtype)));
-  if (d < 1 || d > attention::kMaxHead)
-    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "q",
-         text("q has heads of size %lld; on the GPU a head has 1 to 256 elements (fastest: 64, 80, 96, 128, 256)", d), text("1 to 256"), text("%lld", d));
+  attention::check_head(call, call.in[first]);
   check_attention(call, first, square);
 }
 
@@ -47,18 +39,6 @@ struct Tiles {
   using Backward = attention::Backward<D, D == 256 ? 1 : 2, 32, 4>;
   using SmallBackward = std::conditional_t<D == 256, attention::Backward<D, 1, 16, 3>, attention::Backward<D, D >= 96 ? 1 : 2, 32, 4>>;
 };
-
-template <int D>
-using Head = std::integral_constant<int, D>;
-// The smallest head size with kernels that holds d elements.
-template <class Run>
-void with_head(int d, Run run) {
-  if (d <= 64) run(Head<64>{});
-  else if (d <= 80) run(Head<80>{});
-  else if (d <= 96) run(Head<96>{});
-  else if (d <= 128) run(Head<128>{});
-  else run(Head<256>{});
-}
 
 // Blocks of rows times parts should keep a GPU busy; a part has at least a few tiles. By shape alone, so that results are too.
 int parts_of(const Problem& p) {
@@ -110,13 +90,13 @@ void attention_forward(const Call& call) {
            FaultCheck{device_of(call).fault, Fault::document_start, call.op, p.t});
   }
   if (on_hopper(call) && attention_sm90(call)) return;
-  with_head(p.d, [&](auto d) { p.direct ? choose_forward<d, true>(call, p) : choose_forward<d, false>(call, p); });
+  attention::with_head(p.d, [&](auto d) { p.direct ? choose_forward<d, true>(call, p) : choose_forward<d, false>(call, p); });
 }
 
 size_t attention_workspace(const Call& call) {
   const Problem p = problem_of(call, 0);
   size_t bytes = on_hopper(call) ? attention_sm90_workspace(call) : 0;
-  with_head(p.d, [&](auto d) { bytes = std::max(bytes, part_bytes(p, parts_of(p), d)); });
+  attention::with_head(p.d, [&](auto d) { bytes = std::max(bytes, part_bytes(p, parts_of(p), d)); });
   return bytes;
 }
 
@@ -148,7 +128,7 @@ void attention_backward(const Call& call) {
   x.add_dq = call.accumulate[0], x.add_dk = call.accumulate[1], x.add_dv = call.accumulate[2];
   launch(call, Grid{dim3(static_cast<unsigned>(ceil_div(statistics(p), 4))), dim3(128)}, attention::prepare, p, x.dy,
          call.in[5].as<const bf16>(), call.in[6].as<const float>(), x.statistics);
-  with_head(p.d, [&](auto d) {
+  attention::with_head(p.d, [&](auto d) {
     using T = Tiles<d>;
     for (const bool keys : {true, false}) {
       if (keys ? x.dk == nullptr && x.dv == nullptr : x.dq == nullptr) continue;

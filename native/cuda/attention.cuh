@@ -1,8 +1,11 @@
 // What the attention kernels of all architectures share: the problem and the soft cap. B batch, T queries, S keys, H query heads,
 // G key/value heads, D head size.
 #pragma once
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
+#include "core/fail.h"
 #include "core/kernel.h"
 #include "cuda/device.h"
 #include "cuda/ptx.cuh"
@@ -15,18 +18,55 @@ constexpr float kLn2 = 0.693147180559945309f;
 constexpr double kDirectCap = 60;
 constexpr int kMaxHead = 256;
 
+// What only GPUs refuse of q.
+inline void check_head(const Call& call, const View& q) {
+  const long long d = q.dims[3];
+  if (q.dtype != DType::bf16)
+    fail(ErrorKind::dtype, "ERR_DTYPE", call.op, "q", text("q is %s; on the GPU attention computes in bf16: cast q, k and v to bf16", name_of(q.dtype)),
+         text("bf16"), text("%s", name_of(q.dtype)));
+  if (d < 1 || d > kMaxHead)
+    fail(ErrorKind::shape, "ERR_SHAPE", call.op, "q",
+         text("q has heads of size %lld; on the GPU a head has 1 to 256 elements (fastest: 64, 80, 96, 128, 256)", d), text("1 to 256"), text("%lld", d));
+}
+
+template <int D>
+using Head = std::integral_constant<int, D>;
+// The smallest head size with kernels that holds d elements.
+template <class Run>
+void with_head(int64_t d, Run run) {
+  if (d <= 64) run(Head<64>{});
+  else if (d <= 80) run(Head<80>{});
+  else if (d <= 96) run(Head<96>{});
+  else if (d <= 128) run(Head<128>{});
+  else run(Head<256>{});
+}
+
+// How scores become weights. `direct`: without a maximum.
+struct Scores {
+  bool capped, direct;
+  float soft_factor;  // scores q.k times this are what tanh takes: scale / cap
+  float factor;       // to units of log 2: of tanh's value, or where there is no cap of q.k; never 0
+  float hidden;       // what times `factor` is -infinity
+};
+
+// Scalars are scale, cap, ...
+inline Scores scores_of(const Call& call) {
+  const double scale = call.scalar[0], cap = call.scalar[1];
+  const bool capped = cap > 0;
+  const float factor = static_cast<float>(capped ? cap : scale) * kLog2e;
+  return {capped, capped && cap <= kDirectCap, capped ? static_cast<float>(scale / cap) : 0.f, factor == 0 ? 1e-30f : factor,
+          factor < 0 ? HUGE_VALF : -HUGE_VALF};
+}
+
 // Rows: for one (batch, key/value head), a row is a (position, query head of the group) pair, positions first, so that all heads of
 // a group share K and V. Row r sees the keys [lo(r), hi(r)), and both bounds never decrease with r.
-struct Problem {
+struct Problem : Scores {
   const bf16 *q, *k, *v;
   const int32_t* starts;
   int b, t, s, h, g, d;
   int group, rows;  // query heads of a key/value head; rows of a pair
   int window;       // 0: none
   float scale;
-  bool capped, direct;
-  float soft_factor;  // scores q.k times this are what tanh takes: scale / cap
-  float factor;       // to units of log 2: of tanh's value, or where there is no cap of q.k
   bool whole_chunks;  // rows of all tensors are whole 16-byte pieces: asynchronous copies can move them
 };
 
@@ -45,10 +85,7 @@ inline Problem problem_of(const Call& call, int first) {
   p.rows = p.t * p.group;
   p.scale = static_cast<float>(call.scalar[0]);
   p.window = dim(static_cast<int64_t>(call.scalar[2]));
-  p.capped = call.scalar[1] > 0;
-  p.direct = p.capped && call.scalar[1] <= kDirectCap;
-  p.soft_factor = p.capped ? static_cast<float>(call.scalar[0] / call.scalar[1]) : 0.f;
-  p.factor = static_cast<float>(call.scalar[p.capped ? 1 : 0]) * kLog2e;
+  static_cast<Scores&>(p) = scores_of(call);
   p.whole_chunks = p.d % 8 == 0;
   for (const View* views : {call.in, call.out})
     for (int i = 0; i < kMaxTensors; ++i) p.whole_chunks &= reinterpret_cast<uintptr_t>(views[i].data) % 16 == 0;

@@ -10,54 +10,10 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/attention.cuh"
+#include "cuda/attention_tile.cuh"
 #include "cuda/launch.h"
 
 namespace limbeck::cuda::attention {
-
-constexpr uint32_t kOnes = 0x3f803f80;  // two of bf16
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr float kInfinity = __builtin_inff();
-// The running maximum before any key: finite, so that no difference of infinities is taken. Far below any score.
-constexpr float kNoScore = -1e30f;
-
-// A tile in shared memory: rows of D elements, in 16-byte pieces. ldmatrix reads one piece of 8 rows at once; pieces are swapped
-// among the largest aligned power of two of them, so that those 8 lie in different banks for any D that is a multiple of 16.
-template <int D>
-struct Tile {
-  static constexpr int pieces = D / 8;
-  static constexpr int swapped = pieces % 8 == 0 ? 8 : pieces % 4 == 0 ? 4 : 2;
-  static __device__ __forceinline__ int flip(int row) { return row / (8 / swapped) & (swapped - 1); }
-  static __device__ __forceinline__ int at(int row, int piece) { return (row * pieces + (piece ^ flip(row))) * 8; }
-  // piece ^ flip for a constant piece: few different sums, the rest is constant.
-  static __device__ __forceinline__ int moved(int piece, int flip) { return (piece % swapped ^ flip) + piece / swapped * swapped; }
-};
-
-// Rows and pieces that do not exist are zero; line(row) is null for those rows. Tensors whose rows are not whole pieces are copied
-// element by element, and at once.
-template <int D, int Rows, int Threads, class Line>
-__device__ __forceinline__ void load_rows(bf16* tile, const Problem& p, Line line) {
-  constexpr int pieces = Tile<D>::pieces;
-  if (p.whole_chunks) {
-    // Not unrolled: addresses computed ahead would take registers that the accumulators need.
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < Rows * pieces; i += Threads) {
-      const int row = i / pieces, piece = i % pieces;
-      const bf16* from = line(row);
-      const bool there = from != nullptr && piece * 8 < p.d;
-      ptx::cp_async_16(tile + Tile<D>::at(row, piece), there ? from + piece * 8 : p.q, there ? 16 : 0);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < Rows * pieces; i += Threads) {
-    const int row = i / pieces, piece = i % pieces;
-    const bf16* from = line(row);
-    bf16* to = tile + Tile<D>::at(row, piece);
-#pragma unroll 1
-    for (int j = 0; j < 8; ++j) to[j] = from != nullptr && piece * 8 + j < p.d ? from[piece * 8 + j] : bf16{0};
-  }
-}
 
 // s = A B^T over D: the warp's 16 M rows of A with 8 N rows of B.
 template <int D, int M, int N>
@@ -335,7 +291,7 @@ __global__ __launch_bounds__(F::Threads, 1) void forward(const __grid_constant__
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               const int key = key0 + 8 * n + lane % 4 * 2 + j;
-              if (key < keys.x || key >= keys.y) row[n][j] = -kInfinity;
+              if (key < keys.x || key >= keys.y) row[n][j] = p.hidden;
             }
         }
         float base = 0;

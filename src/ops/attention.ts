@@ -87,7 +87,7 @@ export interface AttentionStepOptions extends Pick<AttentionOptions, 'scale' | '
 /**
  * Attention of one more token of some sequences, with their keys and values in a ring of R places: the new ones go to place
  * position mod R, then the query sees what was written so far, at most R tokens. Nothing but tensors tells lengths apart, so that a
- * recorded step can be replayed. CPU only, without gradients.
+ * recorded step can be replayed. Without gradients.
  * @param q [B 1 H D]
  * @param now key and value [B 1 G D]
  * @param cache key and value [N R G D], changed in place
