@@ -1,7 +1,7 @@
 // Sums to one number, in float64 over chunks of a fixed size that are added in a fixed order; and reductions over the last dimension
 // (c), a warp or a block for each row. Rows that the threads of a block can hold are read once.
 #include "core/checks.h"
-#include "cuda/lanes.cuh"
+#include "cuda/top.cuh"
 
 namespace limbeck::cuda {
 
@@ -169,13 +169,6 @@ static void dot_backward(const Call& call) {
 
 // ---- Rows.
 
-// A number that is larger for a larger float, NaN the largest, and among equals for a smaller index; never 0.
-__device__ __forceinline__ unsigned long long rank_of(float x, int64_t index) {
-  const unsigned bits = __float_as_uint(x + 0.f);  // -0 counts as 0
-  const unsigned order = x != x ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<unsigned long long>(order) << 32 | (0xffffffffu - static_cast<unsigned>(index));
-}
-
 template <class T>
 struct Argmax {
   const T* x;
@@ -187,10 +180,10 @@ struct Argmax {
     team.each([&](int64_t i, int k) {
       const auto v = held.get(i, k);
 #pragma unroll
-      for (int j = 0; j < L::count; ++j) best = Larger{}(best, rank_of(v[j], i + j));
+      for (int j = 0; j < L::count; ++j) best = Larger{}(best, key_of(v[j], i + j));
     });
     best = team.largest(best);
-    if (threadIdx.x == 0) y[row] = static_cast<int32_t>(0xffffffffu - static_cast<unsigned>(best));
+    if (threadIdx.x == 0) y[row] = column_of(best);
   }
 };
 
@@ -203,45 +196,38 @@ static void argmax(const Call& call) {
   for_rows<kVector<T>>(call, x.rows(), x.cols(), aligned(x.as<T>()), Argmax<T>{x.as<T>(), call.out[0].as<int32_t>()});
 }
 
-// The same over and over, each time below the one before: rows are read k times, mostly from the cache.
 template <class T>
 struct TopK {
   const T* x;
-  int64_t count;
+  top::Rows rows;
   T* values;
   int32_t* ids;
-  template <class Team, class L>
-  __device__ __forceinline__ void operator()(int64_t row, Team team, L) const {
-    const auto held = team.read(x + row * team.c);
-    unsigned long long most = ~0ull;
-    for (int64_t n = 0; n < count; ++n) {
-      unsigned long long best = 0;
-      team.each([&](int64_t i, int k) {
-        const auto v = held.get(i, k);
-#pragma unroll
-        for (int j = 0; j < L::count; ++j) {
-          const unsigned long long rank = rank_of(v[j], i + j);
-          if (rank <= most) best = Larger{}(best, rank);
-        }
-      });
-      best = team.largest(best);
-      most = best - 1;
-      if (threadIdx.x > 0) continue;
-      const int64_t id = 0xffffffffu - static_cast<unsigned>(best);
-      ids[row * count + n] = static_cast<int32_t>(id);
-      values[row * count + n] = x[row * team.c + id];
+  __device__ __forceinline__ void operator()(int64_t row, const Key* keys) const {
+    for (int i = static_cast<int>(threadIdx.x); i < rows.k; i += static_cast<int>(blockDim.x)) {
+      const int32_t id = column_of(keys[i]);
+      ids[row * rows.k + i] = id;
+      values[row * rows.k + i] = x[row * rows.stride + id];
     }
   }
 };
+
+static top::Rows rows_of_top_k(const Call& call) { return {call.in[0].cols(), call.in[0].cols(), static_cast<int64_t>(call.scalar[0])}; }
 
 // top_k(x[* c], k) -> values[* k], ids[* k]:i32: the largest first, the first of equals before the others; a NaN counts as the largest.
 template <class T>
 static void top_k(const Call& call) {
   check_top_k(call);
   const View& x = call.in[0];
-  const TopK<T> body{x.as<T>(), static_cast<int64_t>(call.scalar[0]), call.out[0].as<T>(), call.out[1].as<int32_t>()};
-  if (body.values && body.ids) for_rows<kVector<T>>(call, x.rows(), x.cols(), aligned(body.x), body);
+  const top::Rows rows = rows_of_top_k(call);
+  T* values = call.out[0].as<T>();
+  int32_t* ids = call.out[1].as<int32_t>();
+  if (!values || !ids) return;
+  top::largest<false>(call, x.as<const T>(), x.rows(), rows, nullptr, [&](int64_t first, const top::Sums*) {
+    return TopK<T>{x.as<const T>() + first * rows.stride, rows, values + first * rows.k, ids + first * rows.k};
+  });
 }
+
+static size_t top_k_bytes(const Call& call) { return top::bytes(call.in[0].rows(), rows_of_top_k(call)); }
 
 // The largest element and the sum of exp(x - largest), in one pass: what was summed is scaled when a larger element comes.
 struct Normaliser {
@@ -329,5 +315,5 @@ LIMBECK_KERNELS(reduce, {"sum", BOTH_OF(sum_all, false), chunk_sums_bytes}, {"su
                 {"mean", BOTH_OF(sum_all, true), chunk_sums_bytes}, {"mean_backward", BOTH_OF(spread, true, 1)},
                 {"dot", BOTH(dot), chunk_sums_bytes}, {"dot_backward", by_dtype<dot_backward<float>, dot_backward<bf16>, 1>},
                 {"squared_norm", BOTH(squared_norm), chunk_sums_bytes}, {"is_finite", BOTH(is_finite), chunk_sums_bytes},
-                {"argmax", BOTH(argmax)}, {"top_k", BOTH(top_k)}, {"softmax", BOTH_OF(softmax, false)}, {"softmax_backward", BOTH_OF(softmax_backward, false)},
+                {"argmax", BOTH(argmax)}, {"top_k", BOTH(top_k), top_k_bytes}, {"softmax", BOTH_OF(softmax, false)}, {"softmax_backward", BOTH_OF(softmax_backward, false)},
                 {"log_softmax", BOTH_OF(softmax, true)}, {"log_softmax_backward", BOTH_OF(softmax_backward, true)})

@@ -18,7 +18,7 @@ export interface TopLogits {
 }
 
 /**
- * The k largest logits of each row and what makes probabilities of them, in one pass. CPU only, no gradient flows.
+ * The k largest logits of each row and what makes probabilities of them, in one pass. No gradient flows.
  * @param x [B V]
  * @param temperature [B], above 0
  * @param k 1 or more

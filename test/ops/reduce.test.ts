@@ -227,5 +227,10 @@ test('topK: equals in order, NaN first, -0 is 0, and every order of what comes',
     expect(values).toEqual(sorted.toReversed());
     expect(ids!.map((i) => row[i])).toEqual(values);
   }
+  // More numbers that are no numbers than a block keeps.
+  for (const compute of computes) {
+    const [, ids] = await readAll(() => Object.values(topK(cast(tensor(new Float32Array(9000).fill(Number.NaN)), compute), 3)));
+    expect(ids).toEqual([0, 1, 2]);
+  }
   for (const k of [0, 5, 1.5]) expect(() => scope(() => topK(tensor(rows.flat(), [4, 4]), k))).toThrow(ShapeError);
 });
