@@ -27,6 +27,10 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return static_cast<uint32_t>(to_bf16(low).bits) | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
+// Pair by pair, rounded once.
+__device__ __forceinline__ uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  return pack_bf16(low_float(a) - low_float(b), high_float(a) - high_float(b));
+}
 #else
 __device__ __forceinline__ bf16 to_bf16(float x) {
   bf16 y;
@@ -36,6 +40,11 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(b), "r"(0xbf80bf80u), "r"(a));  // b times -1 plus a
   return pair;
 }
 #endif

@@ -1,8 +1,9 @@
 // Frozen weights of few bits. fp8 (e4m3): each row has a scale of its own, and a product rounds its tokens in the same way. On compute
 // capability 9.0 the library multiplies fp8 with a scale for each row of both; elsewhere, and for sizes that its instructions cannot
 // take, both become bf16, which holds every fp8 number exactly, some rows of the weight at a time, and a pass of ours scales the sums.
-// Blocks of 8 and 4 bits (core/blocks.h) become what the tokens are, some rows or columns of the weight at a time.
-#include "core/blocks.h"
+// Blocks of 8 and 4 bits (core/blocks.h) are multiplied as they are with few tokens (block_product.cuh); with more they become what the
+// tokens are, some rows or columns of the weight at a time.
+#include "cuda/block_product.cuh"
 #include "cuda/products.cuh"
 #include "cuda/ptx.cuh"
 
@@ -341,12 +342,19 @@ static void dequantize_blocks(const Call& call) {
   if (w) widen(call, blocks_of<Bits>(call.in[0], call.in[1]), 0, w.dims[0], 0, w.dims[1], w.as<float>());
 }
 
+template <class T>
+static bool has_few_tokens(const Call& call) {
+  return std::is_same_v<T, bf16> && call.in[0].rows() <= kFewTokens;
+}
+
 // linear_q8(x[* k], q[n c]:u8, scale[n b]:bf16, bias[n]?, k) -> y[* n]; linear_q4 likewise
 template <int Bits, class T>
 static void linear_blocks(const Call& call) {
   const View &x = call.in[0], &q = call.in[1], &bias = call.in[3], &y = call.out[0];
   if (!y) return;
   const int64_t m = x.rows(), n = q.dims[0], k = x.cols(), block = rows_at_once(n, k);
+  if (has_few_tokens<T>(call))
+    return few_tokens<Bits>(call, x.as<bf16>(), q.as<uint8_t>(), call.in[2].as<bf16>(), bias.as<bf16>(), y.as<bf16>(), m, n, k, call.in[2].dims[1]);
   T* const panel = static_cast<T*>(call.workspace);
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t rows = n - begin < block ? n - begin : block;
@@ -359,6 +367,7 @@ static void linear_blocks(const Call& call) {
 
 template <class T>
 static size_t linear_blocks_workspace(const Call& call) {
+  if (has_few_tokens<T>(call)) return 0;
   const int64_t n = call.in[1].dims[0], k = call.in[0].cols();
   return static_cast<size_t>(rows_at_once(n, k) * k) * sizeof(T);
 }

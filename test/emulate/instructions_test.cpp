@@ -43,6 +43,27 @@ TEST(shuffles_votes_and_reductions) {
 
 namespace {
 
+__global__ void difference_kernel(uint32_t* out) {
+  const uint32_t lane = threadIdx.x;
+  // Signed bytes as 4-bit and 8-bit weights make them; and 1 - 2^-9, which rounds to 1.
+  out[lane] = subtract_bf16(0x43004300u | lane | (127u - lane) << 16, 0x43004380u);
+  out[32 + lane] = subtract_bf16(0x3f803f80u, 0x3b000000u);
+}
+
+}  // namespace
+
+TEST(differences_of_pairs) {
+  std::vector<uint32_t> out(64);
+  launch(call_of(out), Grid{1, 32}, difference_kernel, out.data());
+  for (int l = 0; l < 32; ++l) {
+    const uint32_t pair = out[static_cast<size_t>(l)];
+    CHECK(low_float(pair) == static_cast<float>(l - 128) && high_float(pair) == static_cast<float>(127 - l), "lane %d", l);
+    CHECK(out[static_cast<size_t>(32 + l)] == 0x3f803f80u, "lane %d", l);
+  }
+}
+
+namespace {
+
 __global__ void block_kernel(int* out) {
   const int i = static_cast<int>(threadIdx.x + threadIdx.y * blockDim.x), n = static_cast<int>(blockDim.x * blockDim.y);
   Shared s;
