@@ -3,6 +3,7 @@
 import { evaluationText } from '../train/progress.ts';
 import { command, commonArguments, Exit, exitCode, numberOption, UsageError } from './command.ts';
 import { interruptible } from './interrupt.ts';
+import { deviceOption, samplingArguments } from './sampling.ts';
 
 export const evaluate = command({
   meta: { name: 'evaluate', description: 'Score a checkpoint on text: loss, perplexity, and closeness to a teacher.' },
@@ -21,6 +22,7 @@ export const evaluate = command({
     length: { type: 'string', description: 'Tokens in a sequence. Default 256.', valueHint: 'n' },
     sequences: { type: 'string', description: 'Sequences in a batch. Default 8.', valueHint: 'n' },
     batches: { type: 'string', description: 'Batches to score. Default: all the text.', valueHint: 'n' },
+    device: samplingArguments.device,
     threads: { type: 'string', description: 'Threads. Default: the cores of the machine.', valueHint: 'n' },
     ...commonArguments,
   },
@@ -37,6 +39,7 @@ limbeck evaluate runs/student --teacher runs/teacher --jsonl held-out.jsonl --fi
       const value = numberOption(name, args[name], least, true);
       return value === undefined ? {} : { [name]: value };
     };
+    const device = deviceOption(args.device);
     const options = {
       checkpoint: args.checkpoint,
       data: { [source]: args[source], ...(args.field === undefined ? {} : { field: args.field }) },
@@ -45,6 +48,7 @@ limbeck evaluate runs/student --teacher runs/teacher --jsonl held-out.jsonl --fi
       ...count('sequences'),
       ...count('batches'),
       ...count('threads'),
+      ...(device === undefined ? {} : { device }),
     };
     const module = await import('../evaluate/evaluate.ts');
     const result = await interruptible(

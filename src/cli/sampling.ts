@@ -2,6 +2,7 @@
 
 import type { ArgsDef } from 'citty';
 import type { GenerateOptions, TextOptions } from '../models/completion.ts';
+import type { Device } from '../tensor/engine.ts';
 import { allValues, numberOption, UsageError } from './command.ts';
 
 export const samplingArguments = {
@@ -27,6 +28,8 @@ export const samplingArguments = {
   stop: { type: 'string', description: 'End before this text, as often as wanted.', valueHint: 'text' },
   seed: { type: 'string', description: 'Same seed, same text. Default 0.', valueHint: 'n' },
   dtype: { type: 'string', description: 'How weights are kept: f32, or bf16 in half the memory and time.', valueHint: 'dtype' },
+  weights: { type: 'string', description: 'Matrices of few bits: fp8, q8 or q4.', valueHint: 'format' },
+  device: { type: 'string', description: 'Where to compute: cpu or cuda. Default cpu.', valueHint: 'device' },
   threads: { type: 'string', description: 'Threads. Default: the cores of the machine.', valueHint: 'n' },
 } as const satisfies ArgsDef;
 
@@ -55,11 +58,19 @@ export function samplingOptions(args: Arguments, rawArgs: readonly string[]): Om
 }
 
 /** How to load the model. @throws UsageError */
-export function loadingOptions(args: Arguments): Pick<GenerateOptions, 'dtype' | 'threads'> {
-  const { dtype } = args;
+export function loadingOptions(args: Arguments): Pick<GenerateOptions, 'dtype' | 'weights' | 'device' | 'threads'> {
+  const { dtype, weights } = args;
   if (dtype !== undefined && dtype !== 'f32' && dtype !== 'bf16')
     throw new UsageError(`--dtype is "${dtype}"; it must be f32 or bf16`);
-  return defined({ dtype, threads: numberOption('threads', args.threads, 1, true) });
+  if (weights !== undefined && weights !== 'fp8' && weights !== 'q8' && weights !== 'q4')
+    throw new UsageError(`--weights is "${weights}"; it must be fp8, q8 or q4`);
+  return defined({ dtype, weights, device: deviceOption(args.device), threads: numberOption('threads', args.threads, 1, true) });
+}
+
+/** @throws UsageError */
+export function deviceOption(device: string | undefined): Device | undefined {
+  if (device === undefined || device === 'cpu' || device === 'cuda') return device;
+  throw new UsageError(`--device is "${device}"; it must be cpu or cuda`);
 }
 
 /** Without the fields that are undefined. */

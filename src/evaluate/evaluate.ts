@@ -5,7 +5,7 @@ import { type LanguageModel, loadModel, loadWeights } from '../models/model.ts';
 import { linearCrossEntropy, linearDistill } from '../ops/loss.ts';
 import { dot } from '../ops/reduce.ts';
 import { reshape } from '../ops/reshape.ts';
-import { init, started } from '../tensor/engine.ts';
+import { type Device, startFor } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
 import { scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
@@ -95,6 +95,8 @@ export interface EvaluateOptions {
   readonly sequences?: number;
   /** Score at most so many batches. Default: all. */
   readonly batches?: number;
+  /** Where to compute, if the engine does not run yet. Default "cpu". */
+  readonly device?: Device;
   /** Threads, if the engine does not run yet. Default: the cores of the machine. */
   readonly threads?: number;
   readonly signal?: AbortSignal;
@@ -103,7 +105,7 @@ export interface EvaluateOptions {
 /** Scores the model of a folder on text. @throws FormatError, DataError, ConfigError */
 export async function evaluate(options: EvaluateOptions): Promise<Evaluation> {
   const { length = 256, sequences = 8, batches, signal } = options;
-  if (!started() && options.threads !== undefined) init({ threads: options.threads });
+  startFor('evaluate', options);
   const { model, tokenizer } = await loadModel(await resolveCheckpoint(options.checkpoint));
   let teacher: LanguageModel | undefined;
   try {

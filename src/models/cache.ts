@@ -137,7 +137,7 @@ export function attend(
   const [b = 0, t = 0] = q.shape;
   if (b !== to.sequences.length) refuse(`${b} rows were given for ${to.sequences.length} sequences`);
   const all = layerOf(to.cache, layer, now.key, options.window ?? null);
-  if (t === 1 && q.device === 'cpu') return attentionStep(q, now, all, { ...options, rows: to.index, positions });
+  if (t === 1) return attentionStep(q, now, all, { ...options, rows: to.index, positions });
   if (b === 1) return attendOne(to, 0, all, q, now, options);
   const mixed = empty(q.shape, q.dtype);
   for (let i = 0; i < b; i++) {

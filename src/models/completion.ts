@@ -1,6 +1,6 @@
 // Texts from a model: prompts in, pieces or whole completions out. All stand on `generateTokens`.
 import { join } from 'node:path';
-import { init, started } from '../tensor/engine.ts';
+import { type Device, startFor } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
 import type { TokenDecoder, Tokenizer } from '../tokenizer/tokenizer.ts';
 import { parseGenerationConfig } from './defaults.ts';
@@ -221,8 +221,12 @@ export interface GenerateOptions extends Omit<TextOptions, 'cache'> {
   /** A model folder, or the output folder of a run: its newest checkpoint. */
   readonly checkpoint: string;
   readonly prompt: Prompt;
-  /** How the weights are kept. Default f32 on the CPU; bf16 takes half the memory and reads it in half the time. */
+  /** How the weights are kept. Default f32 on the CPU; bf16 takes half the memory and reads it in half the time. On a GPU bf16. */
   readonly dtype?: LoadOptions['dtype'];
+  /** Matrices of few bits: `fp8`, `q8` or `q4` take 8.0, 8.5 or 4.25 bits an element. Default: as `dtype` says. */
+  readonly weights?: LoadOptions['weights'];
+  /** Where to compute, if the engine does not run yet. Default "cpu". */
+  readonly device?: Device;
   /** Threads, if the engine does not run yet. Default: the cores of the machine. */
   readonly threads?: number;
 }
@@ -238,11 +242,13 @@ export interface Generator {
 export async function loadGenerator({
   checkpoint,
   dtype,
+  weights,
+  device,
   threads,
-}: Pick<GenerateOptions, 'checkpoint' | 'dtype' | 'threads'>): Promise<Generator> {
-  if (!started() && threads !== undefined) init({ threads });
+}: Pick<GenerateOptions, 'checkpoint' | 'dtype' | 'weights' | 'device' | 'threads'>): Promise<Generator> {
+  startFor('generate', { device, threads });
   const folder = await resolveCheckpoint(checkpoint);
-  const { model, tokenizer, files } = await loadModel(folder, { dtype });
+  const { model, tokenizer, files } = await loadModel(folder, { dtype, weights });
   try {
     const name = 'generation_config.json';
     const text = files[name];

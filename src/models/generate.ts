@@ -1,6 +1,6 @@
 // Tokens from a model, with keys and values kept: some texts at a time, each with a place in the cache that the next one takes over.
 //   B texts of a step, T tokens, C width, V vocabulary, K largest logits
-import { softcap } from '../ops/elementwise.ts';
+import { cast, softcap } from '../ops/elementwise.ts';
 import { linear } from '../ops/linear.ts';
 import { reshape, rows } from '../ops/reshape.ts';
 import { topLogits } from '../ops/sample.ts';
@@ -231,7 +231,6 @@ function likeliest(top: Top, count: number, logProb: (z: number) => number): Tok
 /** Runs the model over prompts and over one token of each running text. */
 function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) {
   const { width, finalCap } = model.config;
-  const onCpu = model.head.device === 'cpu';
 
   const hidden = (ids: Tensor, positions: Tensor, places: readonly number[]): Tensor =>
     model.hidden({ ids, positions, cache: cacheRows(cache, places, ids.shape[1]!) });
@@ -240,7 +239,6 @@ function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) 
   const head = (h: Tensor, texts: readonly Text[]) => {
     const z = linear(h, model.head);
     const logits = finalCap === null ? z : softcap(z, finalCap);
-    if (!onCpu) return { logits };
     const temperatures = texts.map(({ sampling: { temperature: t } }) => (t === 0 ? 1 : t));
     const k = Math.max(
       ...texts.map((text) => Math.min(vocabSize, Math.max(text.topLogProbs, candidatesOf(text.sampling, vocabSize)))),
@@ -251,17 +249,12 @@ function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) 
 
   const read = async (result: Head, texts: readonly Text[]): Promise<Scores> => {
     const row = async (i: number): Promise<Float32Array> => {
-      const one = rows(result.logits, i, i + 1);
+      const one = scope(() => {
+        const z = rows(result.logits, i, i + 1);
+        return z.dtype === 'f32' ? z : noGrad(() => cast(z, 'f32'));
+      });
       return (await readAs(one, 'f32').finally(() => one.dispose())).subarray(0, vocabSize);
     };
-    if (!('values' in result)) {
-      const all = await Promise.all(texts.map((_, i) => row(i)));
-      const tops = all.map((logits, i) => {
-        const { sampling, topLogProbs } = texts[i]!;
-        return topOf(logits, Math.max(topLogProbs, candidatesOf(sampling, vocabSize)), sampling.temperature);
-      });
-      return { tops, row: async (i) => all[i]! };
-    }
     const [values, ids, sums] = await Promise.all([
       readAs(result.values, 'f32'),
       readAs(result.ids, 'i32'),
@@ -326,24 +319,18 @@ function stepper(model: LanguageModel, cache: KeyValueCache, vocabSize: number) 
       const b = texts.length;
       const ids = Int32Array.from(texts, (text) => text.generated.at(-1)!);
       const positions = Int32Array.from(texts, ({ place }) => cache.lengths[place]!);
-      let result: Head;
-      if (onCpu) {
-        const names = texts.map(({ index }) => index).join();
-        if (recorded?.texts !== names) {
-          drop();
-          const input = { ids: keep(tensor(ids, [b, 1])), positions: keep(tensor(positions, [b, 1])) };
-          recorded = { texts: names, ...input, graph: graph(() => one(input.ids, input.positions, texts)) };
-          keep(recorded.graph.result);
-        } else {
-          write(recorded.ids, ids);
-          write(recorded.positions, positions);
-        }
-        recorded.graph.replay();
-        result = recorded.graph.result;
+      const names = texts.map(({ index }) => index).join();
+      if (recorded?.texts !== names) {
+        drop();
+        const input = { ids: keep(tensor(ids, [b, 1])), positions: keep(tensor(positions, [b, 1])) };
+        recorded = { texts: names, ...input, graph: graph(() => one(input.ids, input.positions, texts)) };
+        keep(recorded.graph.result);
       } else {
-        result = keep(scope(() => one(tensor(ids, [b, 1]), tensor(positions, [b, 1]), texts)));
-        last = result;
+        write(recorded.ids, ids);
+        write(recorded.positions, positions);
       }
+      recorded.graph.replay();
+      const { result } = recorded.graph;
       for (const { place } of texts) cache.lengths[place]!++;
       return read(result, texts);
     },

@@ -205,6 +205,26 @@ export function shutdown(): void {
   engineNumber++;
 }
 
+/**
+ * Starts the engine for a function that computes and was told how; one that runs already stays as it is.
+ * @param who names the function in the error
+ * @throws ConfigError when tensors are made on another device already.
+ */
+export function startFor(
+  who: string,
+  { device, threads }: { readonly [K in 'device' | 'threads']?: EngineOptions[K] | undefined },
+): void {
+  if (!started()) {
+    if (device === undefined && threads === undefined) return;
+    init({ ...(device === undefined ? {} : { device }), ...(threads === undefined ? {} : { threads }) });
+  } else if (device !== undefined && device !== current) {
+    throw new ConfigError(
+      `${who}: device is ${device}, but this process computes on ${current}; call init({ device: '${device}' }) before anything else`,
+      { code: 'ERR_CONFIG', op: 'init', argument: 'device', expected: current, actual: device },
+    );
+  }
+}
+
 /** Whether an engine of this thread was started. */
 export function started(): boolean {
   return running.size > 0;

@@ -7,7 +7,7 @@ import type { MixtureSource } from '../data/mixture.ts';
 import { type Source, textFiles } from '../data/source.ts';
 import { tokenFile } from '../data/tokens.ts';
 import { type ModelConfig, modelConfig } from '../models/model.ts';
-import { currentDevice, init, native, started } from '../tensor/engine.ts';
+import { native, started, startFor } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../tokenizer/train.ts';
@@ -15,14 +15,9 @@ import type { RunConfig, TextRunConfig } from './config.ts';
 
 /** Starts the engine as the run wants it, unless it runs already. */
 export function startEngine(run: RunConfig): void {
-  if (!started()) {
-    init({ device: run.device, ...(run.threads === undefined ? {} : { threads: run.threads }) });
-  } else if (run.device !== currentDevice()) {
-    throw new ConfigError(
-      `${run.name}: device is ${run.device}, but this process computes on ${currentDevice()}; call init({ device: '${run.device}' }) before anything else`,
-      { code: 'ERR_CONFIG', op: 'init', argument: 'device', expected: currentDevice(), actual: run.device },
-    );
-  } else if (run.threads !== undefined && native().info().threads !== run.threads) {
+  const before = started();
+  startFor(run.name, run);
+  if (before && run.threads !== undefined && native().info().threads !== run.threads) {
     throw new ConfigError(
       `${run.name}: threads is ${run.threads}, but the engine of this process runs with ${native().info().threads}; leave it out or start anew`,
       {

@@ -129,6 +129,13 @@ test('what cannot work is told', async () => {
   expect([style.code, style.err]).toEqual([1, expect.stringContaining("there is no style 'klingon'")]);
   const dtype = await limbeckHere(['chat', folder, '--dtype', 'f8']);
   expect([dtype.code, dtype.err]).toEqual([2, expect.stringContaining('--dtype is "f8"; it must be f32 or bf16')]);
+  for (const [name, value, expected] of [
+    ['weights', 'q5', 'fp8, q8 or q4'],
+    ['device', 'gpu', 'cpu or cuda'],
+  ] as const) {
+    const { code, err } = await limbeckHere(['chat', folder, `--${name}`, value]);
+    expect([code, err]).toEqual([2, expect.stringContaining(`--${name} is "${value}"; it must be ${expected}`)]);
+  }
 });
 
 test('generate: options, events and stops', async () => {

@@ -1,10 +1,11 @@
 // Gemma 2 on a GPU against Gemma 2 on the CPU: the same weights, bf16 against float32; and whole runs.
-import { mkdtemp, rm } from 'node:fs/promises';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { distill } from '../../src/distill/distill.ts';
 import { cacheTeacher } from '../../src/distill/teach.ts';
+import { generate } from '../../src/models/completion.ts';
 import { createModel, type LanguageModel, modelConfig } from '../../src/models/model.ts';
 import { linearCrossEntropy } from '../../src/ops/loss.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -14,7 +15,8 @@ import { scope } from '../../src/tensor/scope.ts';
 import { valueAndGrad } from '../../src/tensor/tape.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
 import type { RunInput } from '../../src/train/config.ts';
-import type { StepEvent } from '../../src/train/events.ts';
+import type { StepEvent, TrainEvent } from '../../src/train/events.ts';
+import { finetune } from '../../src/train/finetune.ts';
 import { createOptimizer } from '../../src/train/optimizer.ts';
 import { pretrain } from '../../src/train/pretrain.ts';
 import { writeCorpus } from '../corpus.ts';
@@ -190,4 +192,35 @@ test('the loops run unchanged: a teacher, a student, a resumed run to the same b
   expect(taught[0]).toBeGreaterThan(0);
   expect(taught[0]).toBeLessThan(1.2 * learned[0]!);
   expect(taught.at(-1)).toBeLessThan(taught[0]!);
+});
+
+test('finetuning with an adapter beside weights of 4 bits, and its answers', async () => {
+  const rows = Array.from({ length: 12 }, (_, i) => ({ instruction: `${i} and 1?`, output: `It is ${i + 1}.` }));
+  await writeFile(join(folder, 'rows.json'), JSON.stringify(rows));
+  const events: TrainEvent[] = [];
+  const run = {
+    kind: 'finetune',
+    device: 'cuda',
+    output: join(folder, 'adapted'),
+    model: join(folder, 'teacher'),
+    data: { train: join(folder, 'rows.json'), validation: { documents: 2 } },
+    template: 'plain',
+    batch: { sequences: 2, length: 48 },
+    steps: 3,
+    optimizer: { learningRate: 1e-2 },
+    adapter: { rank: 4 },
+    base: 'q4',
+    checkpoint: { every: 3 },
+    responses: { samples: 0, examples: 2, tokens: 5 },
+    log: { tensorboard: false, report: false },
+  };
+  for await (const event of finetune(run as RunInput)) events.push(event);
+  const scores = events.flatMap((event) => (event.type === 'evaluate' ? [event.loss] : []));
+  expect(scores.at(-1)).toBeLessThan(scores[0]!);
+  const answers = events.find((event) => event.type === 'responses');
+  expect(answers).toBeDefined();
+  const texts: string[] = [];
+  for await (const piece of generate({ checkpoint: run.output, prompt: '3 and 1?', device: 'cuda', temperature: 0, tokens: 5 }))
+    texts.push(piece);
+  expect(texts.join('').length).toBeGreaterThan(0);
 });

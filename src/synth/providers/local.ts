@@ -6,7 +6,7 @@ import { resolveCheckpoint } from '../../models/folder.ts';
 import { generateTokens } from '../../models/generate.ts';
 import { type LanguageModel, loadModel } from '../../models/model.ts';
 import { createPrefixCache } from '../../models/prefix.ts';
-import { init, started } from '../../tensor/engine.ts';
+import { type Device, startFor } from '../../tensor/engine.ts';
 import { DataError } from '../../tensor/errors.ts';
 import { scope } from '../../tensor/scope.ts';
 import { noGrad } from '../../tensor/tape.ts';
@@ -246,14 +246,16 @@ async function meanHidden(model: LanguageModel, all: Int32Array): Promise<Float3
 export interface LocalFolderOptions extends Omit<LocalOptions, 'model' | 'tokenizer' | 'template'> {
   /** A chat template, the name of a style, or Jinja source. Default: the one in the folder, if there is one. */
   readonly template?: ChatTemplate | string;
+  /** Where to compute, if the engine does not run yet. Default "cpu". */
+  readonly device?: Device;
   /** Threads, if the engine does not run yet. Default: the cores of the machine. */
   readonly threads?: number;
 }
 
 /** {@link localProvider} with the model of a folder, which `dispose` frees. @throws FormatError */
 export async function openLocalProvider(checkpoint: string, options: LocalFolderOptions = {}): Promise<Provider> {
-  const { template: given, threads, ...rest } = options;
-  if (!started() && threads !== undefined) init({ threads });
+  const { template: given, device, threads, ...rest } = options;
+  startFor('localProvider', { device, threads });
   const folder = await resolveCheckpoint(checkpoint);
   const { model, tokenizer } = await loadModel(folder);
   try {
