@@ -9,6 +9,7 @@ import {
   copy,
   createModel,
   createOptimizer,
+  generateTokens,
   init,
   type LanguageModel,
   layerWindow,
@@ -30,7 +31,19 @@ import {
   tensor,
   valueAndGrad,
 } from '../src/index.ts';
-import { attentionGroup, type Group, gatedGroup, linearGroup, lossGroups, movers, optimizerGroup, random } from './kernels.ts';
+import {
+  attentionGroup,
+  choiceGroup,
+  type Group,
+  gatedGroup,
+  linearGroup,
+  lossGroups,
+  movers,
+  optimizerGroup,
+  quantizedGroups,
+  random,
+  stepGroup,
+} from './kernels.ts';
 import { type Ceilings, measure, printHead } from './measure.ts';
 import { appendResults, type Result, spread } from './results.ts';
 
@@ -92,10 +105,14 @@ const groups: (() => Group | Group[])[] = [
   ...sizes.flatMap((c) => [
     () => attentionGroup({ b: 1, t: T }, c.heads, c.kvHeads, c.headSize, null),
     () => attentionGroup({ b: 1, t: T }, c.heads, c.kvHeads, c.headSize, c.window),
+    () => stepGroup({ b: 1, t: T }, c.heads, c.kvHeads, c.headSize),
+    () => stepGroup({ b: 8, t: T }, c.heads, c.kvHeads, c.headSize),
+    () => [1, 8].flatMap((b) => quantizedGroups(b, c.width, c.hidden)),
     () => linearGroup({ b: 1, t: T }, c.width, c.hidden),
     () => gatedGroup({ b: 1, t: T }, c.hidden, c.width),
     () => movers({ b: 1, t: T }, c.width, c.heads, c.headSize, c.hidden, c.vocabSize),
   ]),
+  ...[1, 8].map((b) => () => choiceGroup(b, two.vocabSize, 64)),
   () => lossGroups(T, two.width, twentySeven.width, two.vocabSize),
   () => optimizerGroup(small ? 10_000 : 500_000_000),
   () => optimizerGroup(small ? 10_000 : 500_000_000, '8bit'),
@@ -246,6 +263,47 @@ async function timeStep(step: Step, peak: Ceilings): Promise<Result[]> {
   ];
 }
 
+interface Writing {
+  readonly weights?: 'q8' | 'q4';
+  readonly texts: number;
+}
+
+/** Tokens a second once all prompts are read. */
+async function timeWriting({ weights, texts }: Writing): Promise<Result> {
+  const model = createModel(two, { seed: 1, trainable: false, ...(weights === undefined ? {} : { weights }) });
+  const [prompt, tokens] = small ? [16, 8] : [512, 256];
+  const requests = Array.from({ length: texts }, (_, i) => ({
+    ids: Int32Array.from({ length: prompt }, (_, j) => (j * 7919 + i) % two.vocabSize),
+    temperature: 0,
+    tokens,
+  }));
+  const rates: number[] = [];
+  for (let i = 0; i < Math.max(3, rounds / 2); i++) {
+    const started = new Set<number>();
+    let [from, written] = [0, 0];
+    for await (const event of generateTokens(model, requests, { batch: texts })) {
+      if (event.type === 'end') continue;
+      started.add(event.index);
+      if (started.size < texts) continue;
+      if (from === 0) from = performance.now();
+      else written++;
+    }
+    rates.push((written * 1000) / (performance.now() - from));
+  }
+  model.dispose();
+  const { median, p20, p80 } = spread(rates);
+  const name = `2B generate, ${weights ?? 'bf16'}`;
+  process.stdout.write(
+    flags.json
+      ? `${JSON.stringify({ op: name, texts, tokens_per_second: median })}\n`
+      : `${`${name}, ${texts} at a time`.padEnd(40)}${median.toFixed(0).padStart(9)} tokens/s\n`,
+  );
+  return {
+    ...{ bench: 'gpu-step', op: name, shape: `${texts}x(${prompt}+${tokens})`, dtype: weights ?? 'bf16', threads: 0 },
+    ...{ median, p20, p80, unit: 'tokens/s' },
+  };
+}
+
 const gpu = backendInfo().cuda.devices[0]?.name ?? 'GPU';
 const peak = await ceilings();
 if (!flags.json) printHead(gpu, peak);
@@ -280,5 +338,8 @@ if (!flags.kernels) {
     }
     results.push(...(await timeStep(step, peak)));
   }
+  for (const texts of [1, 8])
+    for (const weights of [undefined, 'q8', 'q4'] as const)
+      results.push(await timeWriting({ texts, ...(weights === undefined ? {} : { weights }) }));
 }
 if (!flags.dry && !small) appendResults(results);

@@ -1,6 +1,7 @@
 // What the benchmarks of kernels run: each op with the operations it must do and the bytes it must move.
 import {
   attention,
+  attentionStep,
   cast,
   createOptimizer,
   createParameters,
@@ -13,16 +14,21 @@ import {
   linear,
   linearCrossEntropy,
   linearDistill,
+  linearQuantized,
   matrix,
   noGrad,
   parameter,
+  quantizeQ4,
+  quantizeQ8,
   randomNormal_,
   rmsNorm,
   rmsNormAdd,
   rope,
   ropeTable,
+  scope,
   type Tensor,
   tensor,
+  topLogits,
   valueAndGrad,
   zeroGrad,
 } from '../src/index.ts';
@@ -130,6 +136,52 @@ export function attentionGroup({ b, t }: Tokens, h: number, g: number, d: number
       { kernel: 'attention_backward', flops: 10 * useful, bytes: 2 * bytes },
     ],
   );
+}
+
+/** A token of each of B texts, with keys and values of T tokens in full rings: all of them are read once. */
+export function stepGroup({ b, t }: Tokens, h: number, g: number, d: number): Group {
+  const [q, key, value] = [random([b, 1, h, d]), random([b, 1, g, d]), random([b, 1, g, d])];
+  const ring = { key: random([b, t, g, d]), value: random([b, t, g, d]) };
+  const rows = ids(b, b);
+  const positions = tensor(new Int32Array(b).fill(t), [b, 1]);
+  return {
+    shape: `${b} of ${t} h${h}/${g} d${d} cap 50`,
+    parts: [{ kernel: 'attention_step', flops: 0, bytes: wide() * 2 * b * t * g * d }],
+    tensors: [q, key, value, ring.key, ring.value, rows, positions],
+    run() {
+      scope(() => void attentionStep(q, { key, value }, ring, { cap: 50, rows, positions }));
+    },
+  };
+}
+
+/** A product of B tokens with weights of 8 and of 4 bits, as in a step of generation: the codes are read once. */
+export function quantizedGroups(b: number, k: number, n: number): Group[] {
+  const x = random([b, k]);
+  return ([quantizeQ8, quantizeQ4] as const).map((quantize): Group => {
+    const w = scope(() => quantize(random([n, k], k ** -0.5)));
+    return {
+      shape: `${b}x${k} -> ${n}`,
+      parts: [{ kernel: `linear_${w.format}`, flops: 0, bytes: w.codes.size + 2 * w.scale.size + wide() * b * (k + n) }],
+      tensors: [x, w.codes, w.scale],
+      run() {
+        scope(() => void linearQuantized(x, w));
+      },
+    };
+  });
+}
+
+/** The largest logits of B texts. */
+export function choiceGroup(b: number, v: number, k: number): Group {
+  const logits = random([b, v]);
+  const temperatures = tensor(new Float32Array(b).fill(0.8));
+  return {
+    shape: `${b}x${v}, ${k} largest`,
+    parts: [{ kernel: 'top_logits', flops: 0, bytes: wide() * b * v }],
+    tensors: [logits, temperatures],
+    run() {
+      scope(() => void topLogits(logits, temperatures, k));
+    },
+  };
 }
 
 export function movers({ b, t }: Tokens, c: number, h: number, d: number, f: number, v: number): Group[] {
