@@ -34,6 +34,28 @@ static size_t rope_table_bytes(const Call& call) {
   return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
 }
 
+// rope_angles(positions[*]:i32, frequencies[d]:f32, magnitude) -> table[* d]:f32: the same by given frequencies, of which those of the
+// first half count.
+static void rope_angles(const Call& call) {
+  const int32_t* positions = call.in[0].as<int32_t>();
+  const int64_t d = call.out[0].cols(), half = d / 2;
+  check_even_head(call, d, "frequencies");
+  const float* frequency = call.in[1].as<float>();
+  const double magnitude = call.scalar[0];
+  float* table = call.out[0].as<float>();
+  if (!table) return;
+  for_chunks(call, call.in[0].size(), 64, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* to = table + row * d;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = positions[row] * static_cast<double>(frequency[i]);
+        to[i] = static_cast<float>(::cos(angle) * magnitude);
+        to[half + i] = static_cast<float>(::sin(angle) * magnitude);
+      }
+    }
+  });
+}
+
 // y may be x: a pair is read before it is written.
 static void rotate(const Call& call, float direction) {
   const View& x = call.in[0];
@@ -63,4 +85,5 @@ static void rope_backward(const Call& call) { rotate(call, static_cast<float>(-c
 
 }  // namespace limbeck::cpu::LIMBECK_ISA
 
-LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope", rope}, {"rope_backward", rope_backward})
+LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope_angles", rope_angles}, {"rope", rope},
+                {"rope_backward", rope_backward})

@@ -16,17 +16,19 @@ struct Frequency {
   }
 };
 
+template <class F>
 struct Table {
   const int32_t* positions;
-  const double* frequency;
+  const F* frequency;
   int64_t half;
+  double magnitude;
   float* table;
   __device__ __forceinline__ void operator()(int64_t at, Lanes<1>) const {
     const auto [row, i] = divide(at, half);
     double sine, cosine;
-    sincos(positions[row] * frequency[i], &sine, &cosine);
-    table[row * 2 * half + i] = static_cast<float>(cosine);
-    table[row * 2 * half + half + i] = static_cast<float>(sine);
+    sincos(positions[row] * static_cast<double>(frequency[i]), &sine, &cosine);
+    table[row * 2 * half + i] = static_cast<float>(cosine * magnitude);
+    table[row * 2 * half + half + i] = static_cast<float>(sine * magnitude);
   }
 };
 
@@ -38,11 +40,22 @@ static void rope_table(const Call& call) {
   if (!call.out[0]) return;
   const RopeScaling scaling{call.scalar[2], call.scalar[3], call.scalar[4], call.scalar[5]};
   for_elements<1>(call, half, false, Frequency{frequency, call.scalar[1], d, scaling});
-  for_elements<1>(call, call.in[0].size() * half, false, Table{call.in[0].as<int32_t>(), frequency, half, call.out[0].as<float>()});
+  for_elements<1>(call, call.in[0].size() * half, false,
+                  Table<double>{call.in[0].as<int32_t>(), frequency, half, 1, call.out[0].as<float>()});
 }
 
 static size_t rope_table_bytes(const Call& call) {
   return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
+}
+
+// rope_angles(positions[*]:i32, frequencies[d]:f32, magnitude) -> table[* d]:f32: the same by given frequencies, of which those of the
+// first half count.
+static void rope_angles(const Call& call) {
+  const int64_t d = call.out[0].cols(), half = d / 2;
+  check_even_head(call, d, "frequencies");
+  if (!call.out[0]) return;
+  for_elements<1>(call, call.in[0].size() * half, false,
+                  Table<float>{call.in[0].as<int32_t>(), call.in[1].as<float>(), half, call.scalar[0], call.out[0].as<float>()});
 }
 
 // Element `at` of all first halves, with its partner. y may be x: a pair is read before it is written.
@@ -86,5 +99,5 @@ static void rope_backward(const Call& call) { rotate<T>(call, -call.scalar[0]); 
 
 }  // namespace limbeck::cuda
 
-LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope", by_dtype<rope<float>, rope<bf16>>},
-                {"rope_backward", by_dtype<rope_backward<float>, rope_backward<bf16>>})
+LIMBECK_KERNELS(rotary, {"rope_table", rope_table, rope_table_bytes}, {"rope_angles", rope_angles},
+                {"rope", by_dtype<rope<float>, rope<bf16>>}, {"rope_backward", by_dtype<rope_backward<float>, rope_backward<bf16>>})

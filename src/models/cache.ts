@@ -20,6 +20,8 @@ export interface KeyValueCache {
   readonly capacity: number;
   /** Tokens that are in each sequence. The model reads them, whoever calls it advances them; 0 begins a new text. */
   readonly lengths: Int32Array;
+  /** Most tokens that each sequence will come to have, for models that turn long texts otherwise. At first the capacity. */
+  readonly limits: Int32Array;
   /**
    * @internal For each layer [N R G D], made by its first pass. The key of position p lies at p mod R: R is the window of a local layer, the
    * capacity of a global one.
@@ -46,6 +48,7 @@ export function createCache(sequences: number, capacity: number): KeyValueCache 
     sequences,
     capacity,
     lengths: new Int32Array(sequences),
+    limits: new Int32Array(sequences).fill(capacity),
     layers,
     dispose() {
       for (const layer of layers.splice(0)) {
@@ -76,6 +79,7 @@ export function resized(
 ): KeyValueCache {
   const to = createCache(sequences, capacity);
   to.lengths.set(from.lengths);
+  to.limits.set(from.limits);
   for (const [i, layer] of from.layers.entries()) {
     if (layer === undefined) continue;
     const [, before = 0, ...head] = layer.key.shape;

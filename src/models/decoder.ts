@@ -5,8 +5,9 @@ import { add } from '../ops/elementwise.ts';
 import { embedding } from '../ops/embedding.ts';
 import { gatedLinear, linear } from '../ops/linear.ts';
 import { rmsNorm, rmsNormAdd } from '../ops/norm.ts';
-import { reshape } from '../ops/reshape.ts';
-import { type RopeScaling, rope, ropeTable } from '../ops/rotary.ts';
+import { reshape, rows } from '../ops/reshape.ts';
+import { type RopeOptions, type RopeScaling, rope, ropeTable } from '../ops/rotary.ts';
+import { concat, slice } from '../ops/view.ts';
 import { scope } from '../tensor/scope.ts';
 import { recompute } from '../tensor/tape.ts';
 import type { Tensor } from '../tensor/tensor.ts';
@@ -63,6 +64,18 @@ export interface DecoderConfig extends BaseConfig {
   readonly ropeScaling: RopeScaling | null;
   /** Whether a layer turns queries and keys, repeated over the layers: all do but for some of SmolLM3's. */
   readonly rotary: readonly boolean[];
+  /** Share of each head's dims, the first ones, that are turned. Default 1: all. */
+  readonly rotaryShare?: number | undefined;
+}
+
+/** How many dims of each head are turned. */
+export function rotarySize({ headSize, rotaryShare = 1 }: Pick<DecoderConfig, 'headSize' | 'rotaryShare'>): number {
+  return Math.floor(headSize * rotaryShare);
+}
+
+/** Whether a text that may come to `length` tokens is turned as long ones are. */
+export function isLong({ ropeScaling }: Pick<DecoderConfig, 'ropeScaling'>, length: number): boolean {
+  return ropeScaling?.kind === 'longrope' && length > ropeScaling.context;
 }
 
 /** @throws ConfigError naming the field. */
@@ -76,6 +89,16 @@ export function checkDecoder(c: DecoderConfig): void {
   }
   for (const field of ['queryScalar', 'ropeBase'] as const) {
     if (!(c[field] > 0 && Number.isFinite(c[field]))) refuse(field, 'a positive number', c[field]);
+  }
+  const { rotaryShare = 1, ropeScaling: scaling } = c;
+  const turned = rotarySize(c);
+  if (!(rotaryShare > 0 && rotaryShare <= 1 && turned >= 2 && turned % 2 === 0))
+    refuse('rotaryShare', `above 0, at most 1, and an even number of the ${c.headSize} dims of a head`, rotaryShare);
+  if (scaling?.kind === 'longrope') {
+    for (const list of ['short', 'long'] as const) {
+      const good = scaling[list].length === turned / 2 && scaling[list].every((factor) => factor > 0 && Number.isFinite(factor));
+      if (!good) refuse(`ropeScaling.${list}`, `${turned / 2} positive numbers`, scaling[list]);
+    }
   }
   if (c.rotary.length === 0) refuse('rotary', 'a list of true and false', c.rotary);
 }
@@ -130,7 +153,7 @@ type LayerParameters = DecoderParameters['layers'][number];
  * piece by piece.
  */
 export function decoderHidden(p: DecoderParameters, c: DecoderConfig, input: ModelInput, options: ForwardOptions = {}): Tensor {
-  const tables = ropeTables(c, input.positions);
+  const tables = ropeTables(c, input);
   const scale = c.scaledEmbedding ? Math.sqrt(c.width) : 1;
   let x = embedding(input.ids, p.embed, { scale, cheap: isCheap(c, 0) });
   const next = (y: Tensor): void => {
@@ -148,13 +171,20 @@ export function decoderHidden(p: DecoderParameters, c: DecoderConfig, input: Mod
 }
 
 /** The angles of each layer's tokens; undefined for a layer that turns nothing. */
-function ropeTables(c: DecoderConfig, positions: Tensor): (layer: number) => Tensor | undefined {
-  const { headSize } = c;
+function ropeTables(c: DecoderConfig, { positions, cache }: ModelInput): (layer: number) => Tensor | undefined {
+  const headSize = rotarySize(c);
   const made = new Map<LayerKind, Tensor>();
+  // Keys in a cache have been turned once and for all, so what the text may become decides.
+  const limits = cache?.sequences.map((n) => cache.cache.limits[n]!) ?? [positions.shape[1]!];
+  const scaledTable = (options: RopeOptions): Tensor => {
+    const turned = (at: Tensor, length: number): Tensor => ropeTable(at, { ...options, length });
+    if (limits.every((length) => isLong(c, length) === isLong(c, limits[0]!))) return turned(positions, limits[0]!);
+    return limits.map((length, i) => turned(rows(positions, i, i + 1), length)).reduce((a, b) => concat(a, b, 0));
+  };
   const make = (kind: LayerKind): Tensor =>
     kind === 'local' && c.localRopeBase !== null
       ? ropeTable(positions, { headSize, base: c.localRopeBase })
-      : ropeTable(positions, { headSize, base: c.ropeBase, scaling: c.ropeScaling });
+      : scaledTable({ headSize, base: c.ropeBase, scaling: c.ropeScaling });
   return (layer) => {
     if (!c.rotary[layer % c.rotary.length]) return undefined;
     const kind = c.localRopeBase === null ? 'global' : layerKind(c, layer);
@@ -187,7 +217,9 @@ function decoderLayer(
   const heads = (y: Tensor, count: number): Tensor => reshape(y, [b, t, count, c.headSize]);
   const turned = (y: Tensor, gain: Tensor | undefined): Tensor => {
     const z = gain === undefined ? y : rmsNorm(y, gain, norm);
-    return table === undefined ? z : rope(z, table);
+    if (table === undefined) return z;
+    const size = table.shape[2]!;
+    return size === c.headSize ? rope(z, table) : concat(rope(slice(z, 0, size), table), slice(z, size, c.headSize));
   };
   const added = (y: Tensor, gain: Tensor | undefined, to: Tensor, cheap: boolean): Tensor =>
     gain === undefined ? add(to, y) : rmsNormAdd(y, gain, to, { ...norm, cheap });

@@ -25,6 +25,8 @@ interface Family {
   /** Whether the file may set the query scalar and the caps. */
   readonly scores?: true;
   readonly activations: { readonly field: 'hidden_act' | 'hidden_activation'; readonly names: readonly [string, ...string[]] };
+  /** Whether heads may be turned in part, and by LongRoPE. */
+  readonly long?: true;
   /** Null: width / heads. */
   readonly headSize: number | null;
   readonly window: number | null;
@@ -112,7 +114,7 @@ export const families: Readonly<Record<Architecture, Family>> = {
     window: 4096,
     context: 32_768,
   },
-  phi3: { ...llama, model: 'Phi3ForCausalLM', windows: 'all', biases: 'none', normEps: 1e-5, context: 4096 },
+  phi3: { ...llama, model: 'Phi3ForCausalLM', windows: 'all', biases: 'none', long: true, normEps: 1e-5, context: 4096 },
   smollm3: {
     ...llama,
     model: 'SmolLM3ForCausalLM',
@@ -192,29 +194,37 @@ function rotaryOf(architecture: Architecture, f: Fields, layers: number): readon
   return (list as number[]).slice(0, layers).map(Boolean);
 }
 
-function rotationOf(family: Family, f: Fields): Pick<DecoderConfig, 'ropeBase' | 'localRopeBase' | 'ropeScaling'> {
+function rotationOf(
+  family: Family,
+  f: Fields,
+): Pick<DecoderConfig, 'ropeBase' | 'localRopeBase' | 'ropeScaling' | 'rotaryShare'> {
   // Newer files have rope_parameters, one for each kind of layer where they differ; older ones rope_theta and rope_scaling.
   const parameters = f.inside('rope_parameters');
   const full = parameters?.inside('full_attention') ?? parameters;
   const local = parameters?.inside('sliding_attention');
   local?.only('rope_type', 'default');
-  for (const where of [f, full, local]) where?.only('partial_rotary_factor', 1);
+  if (!family.long) for (const where of [f, full, local]) where?.only('partial_rotary_factor', 1);
   const old = f.inside('rope_scaling');
+  const share = (full?.values.partial_rotary_factor === undefined ? f : full).number('partial_rotary_factor', 1);
   return {
     ropeBase: full?.values.rope_theta === undefined ? f.number('rope_theta', family.ropeBase) : full.number('rope_theta'),
     localRopeBase:
       family.localRopeBase === null
         ? null
         : (local ?? f).number(local === undefined ? 'rope_local_base_freq' : 'rope_theta', family.localRopeBase),
-    ropeScaling: scalingOf(old ?? full, f.values.max_position_embeddings),
+    ropeScaling: scalingOf(family, old ?? full, f),
+    ...(share === 1 ? {} : { rotaryShare: share }),
   };
 }
 
-function scalingOf(f: Fields | undefined, context: unknown): RopeScaling | null {
+function scalingOf(family: Family, f: Fields | undefined, all: Fields): RopeScaling | null {
   if (f === undefined) return null;
+  const context = all.values.max_position_embeddings;
   const name = f.values.rope_type === undefined ? 'type' : 'rope_type';
   const type = f.values[name] ?? 'default';
   if (type === 'default') return null;
+  // The first files of Phi-3 call it "su".
+  if (family.long && (type === 'longrope' || type === 'su')) return longRope(family, f, all);
   if (type !== 'linear' && type !== 'llama3') return f.refuse(name, '"default", "linear" or "llama3"');
   const factor = f.number('factor');
   if (type === 'linear') return { kind: 'linear', factor };
@@ -226,6 +236,27 @@ function scalingOf(f: Fields | undefined, context: unknown): RopeScaling | null 
     context: f.number('original_max_position_embeddings', typeof context === 'number' ? context : undefined),
   };
 }
+
+function longRope(family: Family, f: Fields, all: Fields): RopeScaling {
+  const list = (field: string): number[] => {
+    const value = f.values[field];
+    const numbers = Array.isArray(value) && value.every((one) => typeof one === 'number');
+    return numbers ? value : f.refuse(field, 'a list of numbers');
+  };
+  const where = f.values.original_max_position_embeddings === undefined ? all : f;
+  const original = where.number('original_max_position_embeddings');
+  const factor = f.optional('factor') ?? all.number('max_position_embeddings', family.context) / original;
+  return {
+    kind: 'longrope',
+    short: list('short_factor'),
+    long: list('long_factor'),
+    context: original,
+    magnitude: f.optional('attention_factor') ?? usualMagnitude(factor, original),
+  };
+}
+
+const usualMagnitude = (factor: number, context: number): number =>
+  factor <= 1 ? 1 : Math.sqrt(1 + Math.log(factor) / Math.log(context));
 
 /** The shortest list that, repeated, gives the list. */
 function period<T>(list: readonly T[]): readonly T[] {
@@ -275,27 +306,54 @@ export function writeDecoder(c: DecoderConfig): Record<string, unknown> {
   };
 }
 
-function rotationFields({ ropeBase, localRopeBase, ropeScaling: s }: DecoderConfig): Record<string, unknown> {
-  const scaling =
-    s === null
-      ? undefined
-      : s.kind === 'linear'
-        ? { rope_type: 'linear', factor: s.factor }
-        : {
-            rope_type: 'llama3',
-            factor: s.factor,
-            low_freq_factor: s.lowFrequency,
-            high_freq_factor: s.highFrequency,
-            original_max_position_embeddings: s.context,
-          };
-  const full = { rope_type: 'default', ...scaling, rope_theta: ropeBase };
+function rotationFields(c: DecoderConfig): Record<string, unknown> {
+  const { ropeBase, localRopeBase, rotaryShare = 1 } = c;
+  const scaling = scalingFields(c);
+  const share = rotaryShare === 1 ? {} : { partial_rotary_factor: rotaryShare };
+  const full = { rope_type: 'default', ...scaling, ...share, rope_theta: ropeBase };
   return {
     rope_theta: ropeBase,
+    ...share,
     ...(localRopeBase === null ? {} : { rope_local_base_freq: localRopeBase }),
-    ...(scaling === undefined ? {} : { rope_scaling: scaling }),
+    ...oldScalingFields(c, scaling),
     rope_parameters:
       localRopeBase === null
         ? full
         : { full_attention: full, sliding_attention: { rope_type: 'default', rope_theta: localRopeBase } },
+  };
+}
+
+function scalingFields({ ropeScaling: s }: DecoderConfig): Record<string, unknown> | undefined {
+  switch (s?.kind) {
+    case undefined:
+      return undefined;
+    case 'linear':
+      return { rope_type: 'linear', factor: s.factor };
+    case 'llama3':
+      return {
+        rope_type: 'llama3',
+        factor: s.factor,
+        low_freq_factor: s.lowFrequency,
+        high_freq_factor: s.highFrequency,
+        original_max_position_embeddings: s.context,
+      };
+    case 'longrope':
+      return {
+        rope_type: 'longrope',
+        short_factor: s.short,
+        long_factor: s.long,
+        attention_factor: s.magnitude,
+        original_max_position_embeddings: s.context,
+      };
+  }
+}
+
+/** As readers of older files want them: those of LongRoPE suffer three fields only, and look for the context elsewhere. */
+function oldScalingFields({ ropeScaling: s, context }: DecoderConfig, fields: object | undefined): Record<string, unknown> {
+  if (s?.kind !== 'longrope') return fields === undefined ? {} : { rope_scaling: fields };
+  const own = s.magnitude === usualMagnitude(context / s.context, s.context) ? {} : { attention_factor: s.magnitude };
+  return {
+    rope_scaling: { type: 'longrope', short_factor: s.short, long_factor: s.long, ...own },
+    original_max_position_embeddings: s.context,
   };
 }

@@ -107,7 +107,7 @@ export async function* generateTokens(
   const ids = Math.min(vocabSize, model.config.vocabSize);
   const waiting = requests.map((request, index) => textOf(model, request, index, ids));
   if (waiting.length === 0) return;
-  const capacity = Math.max(...waiting.map((text) => text.prompt.length + text.most));
+  const capacity = Math.max(...waiting.map(limitOf));
   const most = Math.min(batch, waiting.length);
   const places = options.cache?.open(model, most, capacity) ?? temporaryPlaces(most, capacity);
   const step = stepper(model, places.cache, ids);
@@ -121,7 +121,7 @@ export async function* generateTokens(
         return;
       }
       const room = waiting.length > 0 && running.length < most;
-      const fresh = room ? places.take(waiting[0]!.prompt) : undefined;
+      const fresh = room ? places.take(waiting[0]!.prompt, limitOf(waiting[0]!)) : undefined;
       const texts = fresh === undefined ? running : [{ ...waiting.shift()!, place: fresh }];
       for (const text of texts) held.add(text);
       const scores = fresh === undefined ? await step.next(running) : await step.read(texts[0]!, chunk);
@@ -146,6 +146,9 @@ export async function* generateTokens(
     places.close(sound);
   }
 }
+
+/** Most tokens that a text can come to have. */
+const limitOf = ({ prompt, most }: Pick<Text, 'prompt' | 'most'>): number => prompt.length + most;
 
 const idsOf = ({ prompt, generated }: Text): Int32Array => Int32Array.from([...prompt, ...generated]);
 

@@ -166,6 +166,7 @@ function decoderMetadata(c: DecoderConfig): About {
   if (local.includes(true) && (c.localRopeBase ?? c.ropeBase) !== (localBase ?? c.ropeBase)) {
     throw unsupported('localRopeBase', String(localBase), c.localRopeBase);
   }
+  if ((c.rotaryShare ?? 1) !== 1) throw unsupported('rotaryShare', '1', c.rotaryShare);
   if (c.ropeScaling?.kind === 'linear') {
     metadata.push([`${arch}.rope.scaling.type`, { type: 'string', value: 'linear' }]);
     put('rope.scaling.factor', 'f32', c.ropeScaling.factor);

@@ -1,6 +1,7 @@
 // Keys and values that are kept from call to call, so that a prompt which begins as an earlier text did is read from where they part.
 import { ConfigError } from '../tensor/errors.ts';
 import { createCache, type KeyValueCache, resized, reusable } from './cache.ts';
+import { isLong } from './decoder.ts';
 import type { LanguageModel } from './model.ts';
 
 /** Remembers the texts of earlier calls. */
@@ -17,8 +18,11 @@ export interface PrefixCache {
 /** Sequences of a cache, each free or held by a text. */
 export interface Places {
   readonly cache: KeyValueCache;
-  /** A free place for a prompt, with as many of its tokens there already as `cache.lengths` says; undefined when none is free. */
-  take(prompt: Int32Array): number | undefined;
+  /**
+   * A free place for a prompt whose text may come to `limit` tokens, with as many of its tokens there already as `cache.lengths` says; undefined
+   * when none is free.
+   */
+  take(prompt: Int32Array, limit: number): number | undefined;
   /** Frees a place, whose text was these ids. */
   give(place: number, ids: Int32Array): void;
   /** @param sound whether what was computed can be relied on */
@@ -82,16 +86,18 @@ export function createPrefixCache({ texts = 1 }: { readonly texts?: number } = {
       open = true;
       return {
         cache: own,
-        take(prompt) {
+        take(prompt, limit) {
           // At least one token is read, for there are no logits otherwise.
           const shared = (place: number): number => commonLength(ids[place]!, prompt.subarray(0, -1));
-          const kept = new Map([...free].map((place) => [place, reusable(own, place, shared(place))]));
+          const alike = (place: number): boolean => turnedAlike(model, own.limits[place]!, limit);
+          const kept = new Map([...free].map((place) => [place, alike(place) ? reusable(own, place, shared(place)) : 0]));
           // Not the better half of another text for the sake of a few tokens that all have.
           const worth = (place: number): number => (2 * kept.get(place)! >= ids[place]!.length ? kept.get(place)! : 0);
           const place = [...free].sort((a, b) => worth(b) - worth(a) || used[a]! - used[b]!)[0];
           if (place === undefined) return undefined;
           free.delete(place);
           own.lengths[place] = kept.get(place)!;
+          own.limits[place] = limit;
           reused += own.lengths[place]!;
           return place;
         },
@@ -115,14 +121,21 @@ export function temporaryPlaces(texts: number, capacity: number): Places {
   const free = Array.from({ length: texts }, (_, place) => place);
   return {
     cache,
-    take() {
+    take(_, limit) {
       const place = free.pop();
-      if (place !== undefined) cache.lengths[place] = 0;
+      if (place === undefined) return undefined;
+      cache.lengths[place] = 0;
+      cache.limits[place] = limit;
       return place;
     },
     give: (place) => void free.push(place),
     close: () => cache.dispose(),
   };
+}
+
+/** Whether keys of a text of one length serve in one of the other. */
+function turnedAlike({ config }: LanguageModel, one: number, other: number): boolean {
+  return !('ropeScaling' in config) || isLong(config, one) === isLong(config, other);
 }
 
 function commonLength(a: Int32Array, b: Int32Array): number {

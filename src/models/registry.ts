@@ -178,7 +178,9 @@ function comparable(config: ModelConfig): Record<string, unknown> {
   return {
     ...Object.fromEntries(Object.entries(config).map(([field, value]) => [field, sorted(value)])),
     layerPattern: each((i) => layerKind(config, i)),
-    ...('rotary' in config ? { rotary: each((i) => config.rotary[i % config.rotary.length]) } : {}),
+    ...('rotary' in config
+      ? { rotary: each((i) => config.rotary[i % config.rotary.length]), rotaryShare: config.rotaryShare ?? 1 }
+      : {}),
   };
 }
 

@@ -1,8 +1,9 @@
 // Rotary position embedding. B batch, T tokens, H heads, D head size.
 import { op } from '../tensor/op.ts';
-import type { Tensor } from '../tensor/tensor.ts';
+import { type Tensor, tensor } from '../tensor/tensor.ts';
 
 const table = op({ forward: 'rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]:f32' });
+const given = op({ forward: 'rope_angles(positions[*]:i32, frequencies[d]:f32, magnitude) -> table[* d]:f32' });
 const rotate = op({
   forward: 'rope(x[b t h d], table[b t d]:f32, direction) -> y[b t h d]',
   backward: 'rope_backward(dy[b t h d], table[b t d]:f32, direction) -> dx[b t h d]+',
@@ -23,6 +24,20 @@ export type RopeScaling =
       readonly highFrequency: number;
       /** Tokens of the sequences that the model was trained on first. */
       readonly context: number;
+    }
+  /**
+   * LongRoPE (arXiv:2402.13753): each frequency is divided by a factor of its own, of one list for sequences of up to `context` tokens and of
+   * another for longer ones.
+   */
+  | {
+      readonly kind: 'longrope';
+      /** [D/2] each. */
+      readonly short: readonly number[];
+      readonly long: readonly number[];
+      /** Tokens of the sequences that the model was trained on first. */
+      readonly context: number;
+      /** What sines and cosines are multiplied by. */
+      readonly magnitude: number;
     };
 
 export interface RopeOptions {
@@ -32,6 +47,8 @@ export interface RopeOptions {
   readonly base?: number;
   /** Default null: none. */
   readonly scaling?: RopeScaling | null;
+  /** Most tokens that the sequence may come to have: where scaling asks for it. Default 0. */
+  readonly length?: number;
 }
 
 /**
@@ -41,7 +58,12 @@ export interface RopeOptions {
  * @returns [B T D]
  * @throws ShapeError when headSize is odd.
  */
-export function ropeTable(positions: Tensor, { headSize, base = 10_000, scaling = null }: RopeOptions): Tensor {
+export function ropeTable(positions: Tensor, options: RopeOptions): Tensor {
+  const { headSize, base = 10_000, scaling = null } = options;
+  if (scaling?.kind === 'longrope') {
+    const frequencies = ropeFrequencies(options);
+    return given(positions, tensor(Float32Array.of(...frequencies, ...frequencies)), scaling.magnitude)[0]!;
+  }
   // The kernel stretches what turns less than once in a context of 0 tokens, which is everything.
   const { factor, lowFrequency, highFrequency, context } = {
     factor: 1,
@@ -54,10 +76,11 @@ export function ropeTable(positions: Tensor, { headSize, base = 10_000, scaling 
 }
 
 /** The frequencies [D/2] that {@link ropeTable} turns by, in radians a token: for files of other programs. */
-export function ropeFrequencies({ headSize, base = 10_000, scaling = null }: RopeOptions): Float64Array {
+export function ropeFrequencies({ headSize, base = 10_000, scaling = null, length = 0 }: RopeOptions): Float64Array {
   return Float64Array.from({ length: headSize / 2 }, (_, i) => {
     const frequency = base ** ((-2 * i) / headSize);
     if (scaling === null) return frequency;
+    if (scaling.kind === 'longrope') return frequency / (length > scaling.context ? scaling.long : scaling.short)[i]!;
     const slow = frequency / scaling.factor;
     if (scaling.kind === 'linear') return slow;
     const { lowFrequency: low, highFrequency: high, context } = scaling;

@@ -3,12 +3,13 @@
 Each folder has config.json, the weights (in the file's own dtype, so that float32 arithmetic on them is exact to repeat), and
 expected.safetensors: ids [1 T], logits [1 T V] in float32, and `greedy`, the 64 likeliest tokens after the ids.
 
-    python test/golden/make_architectures.py
+    python test/golden/make_architectures.py [NAME ...]
 """
 
 import json
 import pathlib
 import shutil
+import sys
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ small = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )
+longrope = dict(type="longrope", short_factor=[1.0, 1.1, 1.5], long_factor=[1.0, 3.0, 12.0])
 cases = {
     "gemma": dict(model_type="gemma", **small | dict(head_dim=12)),
     "gemma2": dict(model_type="gemma2", **small, head_dim=12, sliding_window=8, query_pre_attn_scalar=10, attn_logit_softcapping=3.0,
@@ -41,6 +43,10 @@ cases = {
     "qwen3": dict(model_type="qwen3", **small, head_dim=12, tie_word_embeddings=True,
                   rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     "phi3": dict(model_type="phi3", **small, sliding_window=9),
+    # Phi-4-mini's heads, turned in part, and LongRoPE: by the factors of long texts, and by those of short ones.
+    "phi3long": dict(model_type="phi3", **small, partial_rotary_factor=0.75, original_max_position_embeddings=32, rope_scaling=longrope),
+    "phi3short": dict(model_type="phi3", **small | dict(num_hidden_layers=1), original_max_position_embeddings=128,
+                      rope_scaling=longrope | dict(short_factor=[1.0, 1.1, 1.5, 2.5], long_factor=[1.0, 1.5, 4.0, 12.0])),
     "smollm3": dict(model_type="smollm3", **small | dict(num_hidden_layers=4), no_rope_layer_interval=2),
     "gpt2": dict(model_type="gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_inner=52, n_positions=128, bos_token_id=1,
                  eos_token_id=2),
@@ -58,6 +64,7 @@ changes = {
     "mistral": [dict(sliding_window=None)],
     "qwen2": [dict(sliding_window=100), dict(layer_types=["sliding_attention"] * 3)],
     "phi3": [dict(sliding_window=None)],
+    "phi3long": [dict(original_max_position_embeddings=128)],
     "smollm3": [dict(no_rope_layers=[1, 1, 1, 1])],
 }
 
@@ -112,12 +119,14 @@ def make(name, settings, seed):
 
 
 if __name__ == "__main__":
+    # Some of them, by name, or all.
+    names = sys.argv[1:] or list(cases)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     HERE.mkdir(exist_ok=True)
-    for name, settings in cases.items():
-        if not any(make(name, dict(settings), seed) for seed in range(60)):
+    for name in names:
+        if not any(make(name, dict(cases[name]), seed) for seed in range(60)):
             raise SystemExit(f"{name}: no seed gives clear choices")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (HERE / "versions.json").write_text(json.dumps(versions) + "\n")

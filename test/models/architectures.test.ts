@@ -19,7 +19,21 @@ import { noGrad, valueAndGrad } from '../../src/tensor/tape.ts';
 import { readAs, type Tensor, tensor, write } from '../../src/tensor/tensor.ts';
 
 const golden = new URL('../golden/architectures/', import.meta.url).pathname;
-const names = ['gemma', 'gemma2', 'gemma3', 'llama2', 'llama3', 'mistral', 'qwen2', 'qwen3', 'phi3', 'smollm3', 'gpt2'];
+const names = [
+  'gemma',
+  'gemma2',
+  'gemma3',
+  'llama2',
+  'llama3',
+  'mistral',
+  'qwen2',
+  'qwen3',
+  'phi3',
+  'phi3long',
+  'phi3short',
+  'smollm3',
+  'gpt2',
+];
 
 let out: string;
 beforeAll(async () => {

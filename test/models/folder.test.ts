@@ -56,6 +56,8 @@ async function refusal(path = folder): Promise<LimbeckError> {
   return expect.fail('it was loaded');
 }
 
+const longrope = { type: 'longrope', short_factor: [1], long_factor: [1] };
+
 describe('what limbeck does not compute is refused by name', () => {
   test.each([
     ['llama2', { model_type: 'bert', architectures: ['BertModel'] }, 'model_type', /"bert".*BertModel.*it knows gemma, /],
@@ -63,8 +65,12 @@ describe('what limbeck does not compute is refused by name', () => {
     ['llama2', { architectures: ['LlamaForSequenceClassification'] }, 'architectures', /LlamaForCausalLM/],
     ['llama2', { rope_scaling: { rope_type: 'yarn', factor: 4 } }, 'rope_scaling.rope_type', /"yarn"/],
     ['llama2', { rope_scaling: { type: 'dynamic', factor: 4 } }, 'rope_scaling.type', /"dynamic"/],
-    ['phi3', { rope_scaling: { type: 'longrope', short_factor: [1], long_factor: [1] } }, 'rope_scaling.type', /"longrope"/],
-    ['phi3', { partial_rotary_factor: 0.75 }, 'partial_rotary_factor', /0\.75/],
+    ['llama2', { rope_scaling: { type: 'longrope', short_factor: [1], long_factor: [1] } }, 'rope_scaling.type', /"longrope"/],
+    ['llama2', { partial_rotary_factor: 0.75 }, 'partial_rotary_factor', /0\.75/],
+    ['phi3', { rope_parameters: null, partial_rotary_factor: 0.1 }, 'rotaryShare', /rotaryShare is 0\.1/],
+    ['phi3long', { original_max_position_embeddings: 'x', rope_scaling: longrope }, 'original_max_position_embeddings', /"x"/],
+    ['phi3long', { rope_scaling: longrope }, 'ropeScaling.short', /\[1\], expected 3 positive numbers/],
+    ['phi3long', { rope_scaling: { ...longrope, long_factor: 'no' } }, 'rope_scaling.long_factor', /a list of numbers/],
     ['llama2', { hidden_act: 'relu' }, 'hidden_act', /"relu".*"silu"/],
     ['llama2', { mlp_bias: true }, 'mlp_bias', /true/],
     ['llama2', { quantization_config: { quant_method: 'awq' } }, 'quantization_config', /awq/],

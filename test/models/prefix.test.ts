@@ -18,6 +18,29 @@ const models: Record<string, LanguageModel> = {};
 beforeAll(() => {
   models.local = createModel(config, { seed: 5, trainable: false });
   models.global = createModel({ ...config, window: null, layerPattern: ['global'] }, { seed: 5, trainable: false });
+  const { normOffset, activation, scaledEmbedding, postNorms, attentionCap } = presets['phi3-mini'];
+  models.phi3 = createModel(
+    {
+      ...(models.global.config as DecoderConfig),
+      ...{
+        normOffset,
+        activation,
+        scaledEmbedding,
+        postNorms,
+        attentionCap,
+        architecture: 'phi3',
+        finalCap: null,
+        queryScalar: 8,
+      },
+      // As of 20 tokens a text is turned otherwise.
+      ...{
+        headSize: 8,
+        rotaryShare: 0.5,
+        ropeScaling: { kind: 'longrope', context: 20, magnitude: 1.2, short: [1, 2], long: [3, 40] },
+      },
+    },
+    { seed: 5, trainable: false },
+  );
   const gpt2 = { vocabSize: 61, width: 24, layers: 2, heads: 4, kvHeads: 4, headSize: 6, hidden: 20, context: 96, initStd: 0.4 };
   models.gpt2 = createModel(modelConfig('gpt2-nano', gpt2), { seed: 5, trainable: false });
 });
@@ -41,7 +64,7 @@ async function withCache(use: (cache: PrefixCache) => Promise<void>, options?: {
 
 const line = (n: number, step: number): number[] => Array.from({ length: n }, (_, i) => (i * i * 7 + i * step + 3) % 61);
 
-describe.each(['local', 'global', 'gpt2'])('%s', (name) => {
+describe.each(['local', 'global', 'phi3', 'gpt2'])('%s', (name) => {
   test('turns of conversations, cut and continued anywhere, alone and together', async () => {
     const turn = fc.record({
       from: fc.nat(3), // which earlier text it goes on from

@@ -133,6 +133,7 @@ TEST(embeddings) {
 
 TEST(rotary) {
   same_bits("rope_table", [] { return tensors(Tensor({2, R}, i32, 9999)); }, [] { return tensors(Tensor({2, R, 34})); }, {34, 1e4});
+  same_bits("rope_angles", [] { return tensors(Tensor({2, R}, i32, 9999), Tensor({34})); }, [] { return tensors(Tensor({2, R, 34})); }, {1.25});
   for (const char* name : {"rope", "rope_backward"})
     same_bits(name, [] { return tensors(Tensor({2, R, 3, 34}), Tensor({2, R, 34})); }, [] { return tensors(Tensor({2, R, 3, 34})); }, {1});
 }

@@ -52,7 +52,7 @@ checkOp({
 });
 
 // Written as Transformers' sources have it, by wavelengths; pairs of all three kinds occur.
-const scaled64 = (positions: Array64, d: number, base: number, scaling: RopeScaling): Array64 => {
+const scaled64 = (positions: Array64, d: number, base: number, scaling: Exclude<RopeScaling, { kind: 'longrope' }>): Array64 => {
   const frequency = (i: number): number => {
     const f = base ** ((-2 * i) / d);
     if (scaling.kind === 'linear') return f / scaling.factor;
@@ -70,7 +70,7 @@ const scaled64 = (positions: Array64, d: number, base: number, scaling: RopeScal
   return array([...positions.shape, d], angles);
 };
 
-const scalings: RopeScaling[] = [
+const scalings: Exclude<RopeScaling, { kind: 'longrope' }>[] = [
   { kind: 'linear', factor: 8 },
   { kind: 'llama3', factor: 8, lowFrequency: 1, highFrequency: 4, context: 64 },
 ];
@@ -82,6 +82,31 @@ for (const scaling of scalings) {
     cases: [[0], [1], [2, 3], [3, 67]].map((shape) => [{ shape, dtype: 'i32', below: 100_000 }]),
     gradient: false,
     tolerance: 6e-8,
+  });
+}
+
+const longrope = {
+  kind: 'longrope',
+  context: 64,
+  magnitude: 1.25,
+  short: [1, 1, 1.5, 2, 2.5],
+  long: [1, 2, 4, 8, 16],
+} as const;
+for (const length of [64, 65]) {
+  const factors = length > 64 ? longrope.long : longrope.short;
+  checkOp({
+    name: `rope_angles, ${length} tokens`,
+    run: (positions) => ropeTable(positions!, { headSize: 10, base: 1000, scaling: longrope, length }),
+    reference: (positions) => {
+      const angles = Array.from(positions!.data).flatMap((p) => {
+        const own = factors.map((factor, i) => p * Math.fround(1000 ** (-i / 5) / factor));
+        return [...own.map(Math.cos), ...own.map(Math.sin)].map((x) => x * 1.25);
+      });
+      return array([...positions!.shape, 10], angles);
+    },
+    cases: [[0], [1], [2, 3], [3, 67]].map((shape) => [{ shape, dtype: 'i32', below: 100_000 }]),
+    gradient: false,
+    tolerance: 8e-8,
   });
 }
 
