@@ -63,9 +63,13 @@ const exporters: Readonly<Record<string, Exporter>> = {
     description: 'a folder for transformers.js and ONNX Runtime',
     types: ['f32', 'f16'],
     suffix: '-onnx',
-    async write(out, { model, tokenizer }, { type, signal, onProgress }) {
+    async write(out, { model, tokenizer, files }, { folder, type, signal, onProgress }) {
       const { exportOnnx } = await import('../models/onnx.ts');
-      await exportOnnx(out, model, tokenizer, { type: type as 'f32' | 'f16', signal, onProgress });
+      const { loadChatTemplate } = await import('../tokenizer/chat.ts');
+      const template = await loadChatTemplate(folder, tokenizer);
+      const generation = JSON.parse(files['generation_config.json'] ?? '{}') as Record<string, unknown>;
+      const told = { chatTemplate: template?.source, generation };
+      await exportOnnx(out, model, tokenizer, { type: type as 'f32' | 'f16', ...told, signal, onProgress });
       return [];
     },
   },

@@ -1,9 +1,9 @@
 // The folder that transformers.js loads: a model as ONNX, its configuration and tokenizer.
-import { readdir } from 'node:fs/promises';
+import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeAll, writeAtomic } from '../io/atomic.ts';
 import { toHalf } from '../io/half.ts';
-import { type OnnxGraph, writeOnnx } from '../io/onnx.ts';
+import { type OnnxGraph, type OnnxTensor, writeOnnx } from '../io/onnx.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import { transpose } from '../ops/view.ts';
@@ -12,9 +12,12 @@ import { keep, scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
 import { readAs, viewOf } from '../tensor/tensor.ts';
 import { packageVersion } from '../tensor/version.ts';
+import { withoutGenerationTags } from '../tokenizer/chat.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import type { LanguageModel } from './model.ts';
-import { decoderGraph, type GraphParameter, opset } from './onnx-graph.ts';
+import { gpt2Graph } from './onnx-gpt2.ts';
+import { decoderGraph } from './onnx-graph.ts';
+import { type GraphParameter, type graphOf, opset } from './onnx-parts.ts';
 import { transformersText } from './transformers.ts';
 import { savedValues } from './weights.ts';
 
@@ -23,6 +26,10 @@ export interface OnnxExportOptions {
   readonly type?: 'f32' | 'f16';
   /** Weights in a file of their own: `true`, `false`, or only where one file would exceed 2 GiB. Default `auto`. */
   readonly external?: boolean | 'auto';
+  /** Jinja source of the chat template. Default: what tokenizer_config.json says. */
+  readonly chatTemplate?: string | undefined;
+  /** Fields of generation_config.json beside the tokens that begin, end and pad a text. Default none. */
+  readonly generation?: Readonly<Record<string, unknown>> | undefined;
   /** Stops the export; files that are not complete are removed. */
   readonly signal?: AbortSignal;
   /** Told of the bytes of weights written so far, and of all. */
@@ -41,10 +48,8 @@ const RUN = 1 << 22;
 /**
  * Writes a folder that transformers.js and ONNX Runtime load: onnx/model.onnx (f16: onnx/model_fp16.onnx), config.json,
  * generation_config.json and the tokenizer. Each file replaces an old one only when complete. Keys and values are inputs and outputs, as
- * {@link decoderGraph} tells.
- * The change of an adapter in use is added to the weights.
- * @throws ConfigError for an architecture that has no graph here, for weights of 8 or 4 bits and for a value that f16 cannot hold;
- * FileError `ERR_WRITE`; the reason of `signal`.
+ * {@link graphOf} tells. The change of an adapter in use is added to the weights.
+ * @throws ConfigError for weights of 8 or 4 bits and for a value that f16 cannot hold; FileError `ERR_WRITE`; the reason of `signal`.
  */
 export async function exportOnnx(
   folder: string,
@@ -53,7 +58,7 @@ export async function exportOnnx(
   options: OnnxExportOptions = {},
 ): Promise<void> {
   const { file, dtype, type } = variants[options.type ?? 'f32'];
-  const graph = graphOf(model, type, options);
+  const graph = modelGraph(model, type, options);
   const onnx = join(folder, 'onnx');
   await writeOnnx(join(onnx, file), graph, {
     opset,
@@ -68,26 +73,26 @@ export async function exportOnnx(
   const config = transformersText(model.config, tokenizer, { 'transformers.js_config': hints });
   await writeText(join(folder, 'config.json'), config);
   const ids = { bos_token_id: tokenizer?.bos, eos_token_id: tokenizer?.eos, pad_token_id: tokenizer?.pad };
-  await writeText(join(folder, 'generation_config.json'), `${JSON.stringify(ids, null, 2)}\n`);
-  await tokenizer?.save(folder);
+  await writeText(join(folder, 'generation_config.json'), jsonText({ ...ids, ...options.generation }));
+  if (tokenizer === undefined) return;
+  await tokenizer.save(folder);
+  // Where every version of transformers.js looks for it, and without tags that none knows.
+  const path = join(folder, 'tokenizer_config.json');
+  const saved = JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>;
+  const template = options.chatTemplate ?? saved.chat_template;
+  if (typeof template === 'string') await writeText(path, jsonText({ ...saved, chat_template: withoutGenerationTags(template) }));
 }
+
+const jsonText = (value: object): string => `${JSON.stringify(value, null, 2)}\n`;
 
 const writeText = (path: string, text: string): Promise<void> => writeAtomic(path, (file) => writeAll(file, Buffer.from(text)));
 
-function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onProgress }: OnnxExportOptions): OnnxGraph {
+function modelGraph(model: LanguageModel, type: 'float' | 'float16', { signal, onProgress }: OnnxExportOptions): OnnxGraph {
   const { config } = model;
-  if (config.architecture === 'gpt2') {
-    throw new ConfigError('exportOnnx: there is no graph for gpt2 here; export it as safetensors', {
-      code: 'ERR_CONFIG',
-      op: 'exportOnnx',
-      argument: 'architecture',
-      actual: 'gpt2',
-    });
-  }
   const { parameters } = model;
   const stored = new Set(parameters.list.map(({ name }) => name));
   let done = 0;
-  const graph = decoderGraph(config, type, (parameter) => {
+  const data = (parameter: GraphParameter): OnnxTensor['data'] => {
     if (!stored.has(parameter.name)) {
       throw new ConfigError(
         `exportOnnx: '${parameter.name}' is kept in 8 or 4 bits; load the model with whole weights to export it`,
@@ -106,7 +111,9 @@ function graphOf(model: LanguageModel, type: 'float' | 'float16', { signal, onPr
         onProgress?.({ done, total });
       }
     };
-  });
+  };
+  const weights = { type, data };
+  const graph = config.architecture === 'gpt2' ? gpt2Graph(config, weights) : decoderGraph(config, weights);
   const total = graph.tensors.reduce(
     (n, { data, shape, type }) => (typeof data === 'function' ? n + shape.reduce((a, b) => a * b, type === 'float' ? 4 : 2) : n),
     0,

@@ -271,6 +271,13 @@ function marked(source: string): string {
   );
 }
 
+/** Tags that mark what the assistant writes mean nothing outside of training, and other readers stumble over them. */
+export function withoutGenerationTags(source: string): string {
+  return source.replace(/\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}/g, (_, left, end, right) =>
+    end ? `{%${left} endif ${right}%}` : `{%${left} if true ${right}%}`,
+  );
+}
+
 function program(source: string, name: string): (variables: Record<string, unknown>) => string {
   // Loaded at first use: most programs never need it.
   const { Template } = createRequire(import.meta.url)('@huggingface/jinja') as typeof import('@huggingface/jinja');

@@ -2,6 +2,7 @@
 
 import type { GgufMetadata, GgufValue } from '../io/gguf-header.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
+import { withoutGenerationTags } from './chat.ts';
 import { templateTokens } from './file.ts';
 import { type PreTokenizerName, preTokenizerJson, preTokenizerOf } from './pretokenizers.ts';
 import { type Tokenizer, tokenizerFromJson } from './tokenizer.ts';
@@ -108,15 +109,8 @@ export function ggufVocabulary(tokenizer: Tokenizer | undefined, vocabSize: numb
   put('ggml.add_bos_token', { type: 'bool', value: first !== undefined });
   put('ggml.add_eos_token', { type: 'bool', value: last !== undefined });
   const source = template ?? (typeof file.config.chat_template === 'string' ? file.config.chat_template : undefined);
-  if (source !== undefined) put('chat_template', { type: 'string', value: withoutMarks(source) });
+  if (source !== undefined) put('chat_template', { type: 'string', value: withoutGenerationTags(source) });
   return { metadata, notes };
-}
-
-/** Tags that mark what the assistant writes mean nothing outside of training, and other readers stumble over them. */
-function withoutMarks(template: string): string {
-  return template.replace(/\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}/g, (_, left, end, right) =>
-    end ? `{%${left} endif ${right}%}` : `{%${left} if true ${right}%}`,
-  );
 }
 
 function mergesOf(json: { readonly [key: string]: unknown }): [string, string][] {

@@ -7,9 +7,9 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { halfValues, toHalf } from '../../src/io/half.ts';
 import { type OnnxTensor, type OnnxType, writeOnnx } from '../../src/io/onnx.ts';
 import type { DecoderConfig } from '../../src/models/decoder.ts';
-import { createModel, type LanguageModel, modelConfig, saveModel } from '../../src/models/model.ts';
+import type { Gpt2Config } from '../../src/models/gpt2.ts';
+import { createModel, type LanguageModel, type ModelConfig, saveModel } from '../../src/models/model.ts';
 import { exportOnnx } from '../../src/models/onnx.ts';
-import { createAdapter, setAdapter } from '../../src/nn/lora.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -57,6 +57,12 @@ const llama: DecoderConfig = {
 const gemma = { activation: 'gelu', normOffset: 1, postNorms: true, scaledEmbedding: true, tied: true } as const;
 const local = { layerPattern: ['local', 'global'], window: 5 } as const;
 
+const gpt2: Gpt2Config = {
+  architecture: 'gpt2',
+  ...{ vocabSize: 83, width: 24, layers: 3, heads: 4, kvHeads: 4, headSize: 6, hidden: 40, context: 64 },
+  ...{ window: null, layerPattern: ['global'], finalCap: null, normEps: 1e-5, initStd: 0.3, tied: true },
+};
+
 /** Each architecture with a change that must move its logits, so that what is changed is known to bite. */
 const architectures: readonly (readonly [DecoderConfig, Partial<DecoderConfig>])[] = [
   [{ ...llama, architecture: 'gemma', ...gemma, postNorms: false, kvHeads: 1 }, { ropeBase: 100 }],
@@ -87,15 +93,25 @@ const architectures: readonly (readonly [DecoderConfig, Partial<DecoderConfig>])
   [{ ...llama, architecture: 'qwen2', bias: { qkv: true, output: false }, tied: true }, { ropeBase: 100 }],
   [{ ...llama, architecture: 'qwen3', queryKeyNorm: true, headSize: 10, heads: 6, queryScalar: 10 }, { ropeBase: 100 }],
   [{ ...llama, architecture: 'phi3' }, { ropeBase: 100 }],
+  // As long texts are turned, and in part.
+  [
+    {
+      ...llama,
+      architecture: 'phi3',
+      rotaryShare: 0.75,
+      ropeScaling: { kind: 'longrope', short: [1, 2, 3], long: [1, 3, 9], context: 10, magnitude: 1.2 },
+    },
+    { rotaryShare: 1, ropeScaling: null },
+  ],
   [{ ...llama, architecture: 'smollm3', rotary: [true, false] }, { rotary: [true] }],
 ];
 
 /** Random weights, norms and biases included. */
-function randomModel(config: DecoderConfig): LanguageModel {
+function randomModel(config: ModelConfig): LanguageModel {
   const model = createModel(config, { seed: 3, trainable: false });
   for (const { name, tensor: t } of model.parameters.list) {
     if (t.shape.length !== 1) continue;
-    const start = name.endsWith('bias') ? 0 : 1 - config.normOffset;
+    const start = name.endsWith('bias') ? 0 : 1 - ('normOffset' in config ? config.normOffset : 0);
     model.parameters.write(
       name,
       0,
@@ -124,7 +140,7 @@ const int64 = (values: readonly number[], shape: readonly number[]): OrtTensor =
   new OrtTensor('int64', BigInt64Array.from(values, BigInt), shape);
 
 /** Sequences of different length side by side, padded on the left, with the cache between calls. */
-function sequences(session: InferenceSession, c: DecoderConfig, all: readonly (readonly number[])[]) {
+function sequences(session: InferenceSession, c: ModelConfig, all: readonly (readonly number[])[]) {
   const longest = Math.max(...all.map((ids) => ids.length));
   const padding = all.map((ids) => longest - ids.length);
   let length = 0;
@@ -185,7 +201,12 @@ const prompts = [
   Array.from({ length: 13 }, (_, i) => (i * 31 + 5) % 83),
 ];
 
-describe.each(architectures.map(([config, change]) => [config.architecture, config, change] as const))(
+const cases: readonly (readonly [ModelConfig, object])[] = [
+  ...architectures,
+  [gpt2, { normEps: 0.5 }],
+  [{ ...gpt2, tied: false, hidden: 96 }, { normEps: 0.5 }],
+];
+describe.each(cases.map(([config, change], i) => [`${config.architecture} ${i}`, config, change] as const))(
   '%s',
   (name, config, change) => {
     let model: LanguageModel;
@@ -210,7 +231,7 @@ describe.each(architectures.map(([config, change]) => [config.architecture, conf
         expect(Math.max(...ours)).toBeGreaterThan(0.5);
         expect(largest(theirs, ours)).toBeLessThan(1e-4);
       }
-      const other = randomModel({ ...config, ...change });
+      const other = randomModel({ ...config, ...change } as ModelConfig);
       expect(largest(await logitsOf(other, prompts[0]!), await logitsOf(model, prompts[0]!))).toBeGreaterThan(0.02);
       other.dispose();
     });
@@ -298,13 +319,6 @@ describe('the folder', () => {
     const fp8 = createModel(config, { seed: 1, trainable: false, weights: 'fp8' });
     await expect(exportOnnx(out, fp8)).rejects.toThrow(/exportOnnx: 'model\.layers\.0\..*' is kept in 8 or 4 bits/);
     fp8.dispose();
-    const adapter = await createAdapter(model, { rank: 1 });
-    await expect(exportOnnx(out, model)).rejects.toThrow('call mergeAdapter() first');
-    setAdapter(model, null);
-    adapter.dispose();
-    const gpt2 = createModel(modelConfig('gpt2-nano'), { trainable: false });
-    await expect(exportOnnx(out, gpt2)).rejects.toThrow('there is no graph for gpt2');
-    gpt2.dispose();
     const wide = randomModel(config);
     wide.parameters.write('model.embed_tokens.weight', 0, Float32Array.of(1e5));
     await expect(exportOnnx(out, wide, undefined, { type: 'f16' })).rejects.toThrow('f16 cannot hold');
@@ -358,10 +372,14 @@ test('constants of every type and size come back, inside and outside', async () 
 test('limbeck export --to onnx', async () => {
   const tokenizer = await trainTokenizer(['one two three two one'], { vocabSize: 270 });
   const model = randomModel({ ...architectures[1]![0], vocabSize: 270 });
-  await saveModel(join(folder, 'saved'), model, tokenizer);
+  const files = { 'chat_template.jinja': '{% generation %}x{% endgeneration %}', 'generation_config.json': '{"top_k": 20}' };
+  await saveModel(join(folder, 'saved'), model, tokenizer, { files });
   model.dispose();
   const out = join(folder, 'exported');
   const result = await limbeckHere(['export', join(folder, 'saved'), '--to', 'onnx', '--type', 'f16', '--out', out]);
   expect(result).toEqual({ code: 0, out: `${out}\n`, err: '' });
   expect(await readdir(join(out, 'onnx'))).toEqual(['model_fp16.onnx']);
+  const json = async (name: string) => JSON.parse(await readFile(join(out, name), 'utf8'));
+  expect((await json('tokenizer_config.json')).chat_template).toBe('{% if true %}x{% endif %}');
+  expect(await json('generation_config.json')).toEqual({ bos_token_id: 2, eos_token_id: 1, pad_token_id: 0, top_k: 20 });
 });
