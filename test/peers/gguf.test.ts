@@ -286,7 +286,7 @@ describe('log-probabilities over 256 positions', () => {
   test('mixtures of K types, and tensors whose rows are no whole blocks', { timeout: 60_000 }, async () => {
     const wide = { ...gemma2, width: 256, hidden: 512, layers: 8, heads: 8, initStd: 0.1 };
     const joint = { ...phi3, width: 256, hidden: 512, layers: 8, heads: 8, headSize: 32, queryScalar: 32, initStd: 0.1 };
-    const learned = { ...gpt2, width: 256, hidden: 512, heads: 8, headSize: 32, initStd: 0.1 };
+    const learned = { ...gpt2, width: 256, hidden: 512, heads: 8, kvHeads: 8, headSize: 32, initStd: 0.1 };
     for (const [config, type, limit] of [
       [wide, 'q6_k', 0.3],
       [wide, 'q5_k_m', 0.6],
