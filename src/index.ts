@@ -86,6 +86,7 @@ export {
   type TokenRequest,
 } from './models/generate.ts';
 export { type ExportGgufOptions, exportGguf, type GgufModel, type GgufType, ggufTypes, openGgufModel } from './models/gguf.ts';
+export { exportGgufAdapter } from './models/gguf-adapter.ts';
 export { type Gpt2Config, type Gpt2Parameters, gpt2Hidden, gpt2Spec } from './models/gpt2.ts';
 export {
   createModel,

@@ -3,6 +3,7 @@
 import { basename, resolve } from 'node:path';
 import type { GgufType } from '../models/gguf.ts';
 import type { LoadedModel } from '../models/model.ts';
+import type { Adapter } from '../nn/lora.ts';
 import { bytes } from '../train/format.ts';
 import { command, commonArguments, Exit, exitCode, UsageError } from './command.ts';
 import { interruptible } from './interrupt.ts';
@@ -11,6 +12,8 @@ import { interruptible } from './interrupt.ts';
 export interface ExportSettings {
   /** Where the model was loaded from. */
   readonly folder: string;
+  /** Folder of the adapter that is in use in the model, where `--adapter` names one. */
+  readonly adapter: string | undefined;
   /** One of the exporter's `types`. */
   readonly type: string;
   readonly signal: AbortSignal;
@@ -47,6 +50,18 @@ const exporters: Readonly<Record<string, Exporter>> = {
         signal,
         onProgress,
       });
+    },
+  },
+  'gguf-adapter': {
+    description: 'an adapter alone, for llama.cpp beside its base (--lora)',
+    types: ['f32'],
+    suffix: '-adapter.gguf',
+    async write(out, { model }, { folder, adapter: given }) {
+      const { loadAdapter } = await import('../models/adapter.ts');
+      const { exportGgufAdapter } = await import('../models/gguf-adapter.ts');
+      const adapter = await loadAdapter(given ?? folder, model);
+      await exportGgufAdapter(out, model, adapter).finally(() => adapter.dispose());
+      return [];
     },
   },
   safetensors: {
@@ -96,12 +111,18 @@ export const exportCommand = command({
       description: `Of the weights. ${formats.map(([name, { types }]) => `${name}: ${types.join(', ')}`).join('; ')}. Default: the first.`,
       valueHint: 'type',
     },
+    adapter: {
+      type: 'string',
+      description: 'Folder of an adapter whose change the weights get. Default: that of the checkpoint, if it is one.',
+      valueHint: 'folder',
+    },
     out: { type: 'string', alias: 'o', description: 'Where to write. Default: named after the checkpoint.', valueHint: 'path' },
     ...commonArguments,
   },
   examples: `
 limbeck export runs/student --to gguf --type q8_0
 limbeck export runs/student --to safetensors --out student
+limbeck export models/base --adapter runs/lora/checkpoints/step-200 --to gguf
 `.trim(),
   async run({ args }) {
     const names = formats.map(([name]) => name).join(', ');
@@ -125,13 +146,20 @@ limbeck export runs/student --to safetensors --out student
           throw new UsageError(`--out is ${out}, where the checkpoint lies; give another path`);
         }
         const loaded = await loadModel(folder);
+        let beside: Adapter | undefined;
         try {
-          return await exporter.write(out, loaded, { folder, type, signal, onProgress: progress.show });
+          const adapter = args.adapter === undefined ? undefined : await resolveCheckpoint(args.adapter);
+          if (adapter !== undefined) {
+            const { loadAdapter } = await import('../models/adapter.ts');
+            beside = await loadAdapter(adapter, loaded.model);
+          }
+          return await exporter.write(out, loaded, { folder, adapter, type, signal, onProgress: progress.show });
         } catch (error) {
           if (error === signal.reason) throw new Exit(exitCode.interrupted);
           throw error;
         } finally {
           progress.clear();
+          beside?.dispose();
           loaded.model.dispose();
         }
       },

@@ -57,57 +57,23 @@ export async function saveAdapter(
 ): Promise<void> {
   const { options, weights } = adapter;
   const starts = [...weights.values()].some(({ start }) => start !== undefined);
-  const read = async (t: Tensor): Promise<Float32Array> => {
-    if (t.dtype === 'f32') return readAs(t, 'f32');
-    const wide = keep(cast(t, 'f32'));
-    return readAs(wide, 'f32').finally(() => wide.dispose());
-  };
-  // The originals of f32, where the ops read copies of bf16.
-  const values = new Map(adapter.parameters.list.map(({ name, offset }) => [name, offset]));
-  const trained = async (name: string, shape: readonly number[]): Promise<Float32Array> => {
-    const view = keep(viewOf(adapter.parameters.values, shape, values.get(name)!));
-    return read(view).finally(() => view.dispose());
-  };
-  const tensors = [...weights].flatMap(([module, { a, b, start, direction }]) => {
+  const tensors = [...weights].flatMap(([module, { a, b, direction }]) => {
     const [rank = 0, k = 0] = a.shape;
     const [n = 0] = b.shape;
     const name = `${prefix}${module}`;
     const made = starts ? 2 * rank : rank;
+    const f32 = (end: string, shape: readonly number[], data: () => Promise<Float32Array>) => ({
+      name: `${name}.${end}`,
+      dtype: 'F32' as const,
+      shape,
+      data,
+    });
     return [
-      {
-        name: `${name}.lora_A.weight`,
-        dtype: 'F32' as const,
-        shape: [made, k],
-        data: async () => {
-          const own = await trained(`${module}.lora_A.weight`, a.shape);
-          return start === undefined ? own : joinRows(own, await read(start.a), 1);
-        },
-      },
-      {
-        name: `${name}.lora_B.weight`,
-        dtype: 'F32' as const,
-        shape: [n, made],
-        data: async () => {
-          const own = await trained(`${module}.lora_B.weight`, b.shape);
-          return start === undefined
-            ? own
-            : joinRows(
-                own,
-                (await read(start.b)).map((x) => -x),
-                n,
-              );
-        },
-      },
+      f32('lora_A.weight', [made, k], () => matrixIn(adapter, module, 'A')),
+      f32('lora_B.weight', [n, made], () => matrixIn(adapter, module, 'B')),
       ...(direction === undefined
         ? []
-        : [
-            {
-              name: `${name}.lora_magnitude_vector`,
-              dtype: 'F32' as const,
-              shape: [n],
-              data: () => trained(`${module}.lora_magnitude_vector`, [n]),
-            },
-          ]),
+        : [f32('lora_magnitude_vector', [n], () => trainedIn(adapter, `${module}.lora_magnitude_vector`))]),
     ];
   });
   await mkdir(folder, { recursive: true });
@@ -120,6 +86,37 @@ export async function saveAdapter(
   const text = `${JSON.stringify({ ...toPeft(options, model, [...weights.keys()], starts), base_model_name_or_path: base ?? null }, null, 2)}\n`;
   for (const [name, content] of Object.entries({ ...texts, [files.config]: text }))
     await writeAtomic(join(folder, name), (file) => file.writeFile(content));
+}
+
+/** What was trained, from the originals of f32 where the ops read copies of bf16. */
+async function trainedIn({ parameters: { list, values } }: Adapter, name: string): Promise<Float32Array> {
+  const { offset, tensor } = list.find((each) => each.name === name)!;
+  return valuesOf(keep(viewOf(values, [tensor.size], offset)));
+}
+
+/** Reads a tensor as float32, and frees it. */
+async function valuesOf(t: Tensor): Promise<Float32Array> {
+  const wide = t.dtype === 'f32' ? t : keep(cast(t, 'f32'));
+  return readAs(wide, 'f32').finally(() => {
+    for (const each of new Set([t, wide])) each.dispose();
+  });
+}
+
+/**
+ * @internal A [R K] or B [N R] of a matrix as files have it: what OLoRA takes away is part of it, and R twice the rank.
+ */
+export async function matrixIn(adapter: Adapter, module: string, which: 'A' | 'B'): Promise<Float32Array> {
+  const { start, b } = adapter.weights.get(module)!;
+  const own = await trainedIn(adapter, `${module}.lora_${which}.weight`);
+  if (start === undefined) return own;
+  const taken = await valuesOf(keep(viewOf(which === 'A' ? start.a : start.b, [own.length])));
+  return which === 'A'
+    ? joinRows(own, taken, 1)
+    : joinRows(
+        own,
+        taken.map((x) => -x),
+        b.shape[0]!,
+      );
 }
 
 /** Each row of x followed by that of y, of matrices of `rows` rows of one width. */

@@ -124,8 +124,8 @@ async function* runsOf(parameters: Parameters<SpecTree>, { pieces, shape }: Part
 
 const columnsOf = (shape: readonly number[]): number => (shape.length === 1 ? 1 : shape.at(-1)!);
 
-/** Llama's rows in llama.cpp's order, where the two that rotary embedding turns together are neighbours; or back. */
-function reordered(data: Float32Array, heads: number, columns: number, toFile: boolean): Float32Array {
+/** @internal Llama's rows in llama.cpp's order, where the two that rotary embedding turns together are neighbours; or back. */
+export function reordered(data: Float32Array, heads: number, columns: number, toFile: boolean): Float32Array {
   const half = data.length / columns / heads / 2;
   const to = new Float32Array(data.length);
   for (let head = 0; head < heads; head++) {

@@ -2,7 +2,10 @@ import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from 'vitest';
-import { createModel, modelConfig, saveModel } from '../../src/models/model.ts';
+import { openGguf } from '../../src/io/gguf.ts';
+import { saveAdapter } from '../../src/models/adapter.ts';
+import { createModel, loadModel, modelConfig, saveModel } from '../../src/models/model.ts';
+import { createAdapter } from '../../src/nn/lora.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 import { limbeckHere } from './process.ts';
 
@@ -65,4 +68,35 @@ test('gguf: a file that loads as the same model, with notes about what it could 
   expect((await limbeckHere(['export', out, '--to', 'safetensors', '--out', again])).code).toBe(0);
   const weights = 'model.safetensors';
   expect(Buffer.compare(await readFile(join(again, weights)), await readFile(join(folder, 'model', weights)))).toBe(0);
+});
+
+test('an adapter: in the weights of its base, and alone', async () => {
+  const base = join(folder, 'model');
+  const path = join(folder, 'adapter');
+  const { model } = await loadModel(base);
+  const adapter = await createAdapter(model, { rank: 2, targets: ['q_proj', 'up_proj'] });
+  for (const { name, tensor } of adapter.parameters.list)
+    if (name.endsWith('lora_B.weight')) adapter.parameters.write(name, 0, new Float32Array(tensor.size).fill(0.5));
+  adapter.parameters.refresh();
+  await saveAdapter(path, model, adapter);
+  await saveModel(join(folder, 'expected'), model);
+  adapter.dispose();
+  model.dispose();
+  const out = join(folder, 'with');
+  const options = ['--adapter', path, '--to'];
+  expect(await limbeckHere(['export', base, ...options, 'safetensors', '--out', out])).toEqual({
+    code: 0,
+    out: `${out}\n`,
+    err: '',
+  });
+  const weights = async (of: string) => readFile(join(folder, of, 'model.safetensors'));
+  expect(Buffer.compare(await weights('with'), await weights('expected'))).toBe(0);
+  expect(Buffer.compare(await weights('with'), await weights('model'))).not.toBe(0);
+  const alone = join(folder, 'alone.gguf');
+  expect((await limbeckHere(['export', base, ...options, 'gguf-adapter', '--out', alone])).code).toBe(0);
+  await using file = await openGguf(alone);
+  expect(file.metadata.get('adapter.lora.alpha')).toEqual({ type: 'f32', value: 16 });
+  expect([...file.tensors.keys()]).toEqual(
+    [0, 1].flatMap((i) => ['attn_q', 'ffn_up'].flatMap((name) => ['a', 'b'].map((ab) => `blk.${i}.${name}.weight.lora_${ab}`))),
+  );
 });

@@ -6,8 +6,10 @@ import { getLlama, type Llama, LlamaLogLevel, type LlamaModel, type Token } from
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { DecoderConfig } from '../../src/models/decoder.ts';
 import { exportGguf, type GgufType, openGgufModel } from '../../src/models/gguf.ts';
+import { exportGgufAdapter } from '../../src/models/gguf-adapter.ts';
 import type { Gpt2Config } from '../../src/models/gpt2.ts';
 import { createModel, type LanguageModel, type ModelConfig } from '../../src/models/model.ts';
+import { type AdapterOptions, createAdapter, setAdapter } from '../../src/nn/lora.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -160,8 +162,14 @@ function logSoftmax(logits: ArrayLike<number>): Float64Array {
 }
 
 /** The same of llama.cpp. */
-async function theirs(model: LlamaModel, ids: Int32Array): Promise<Float64Array[]> {
-  const context = await model.createContext({ contextSize: 512, sequences: 1, flashAttention: false, threads: 1 });
+async function theirs(model: LlamaModel, ids: Int32Array, lora?: string): Promise<Float64Array[]> {
+  const context = await model.createContext({
+    contextSize: 512,
+    sequences: 1,
+    flashAttention: false,
+    threads: 1,
+    ...(lora !== undefined && { lora }),
+  });
   const options = { temperature: 1, topK: 0, topP: 1, minP: 0 };
   const tokens = Array.from(ids, (id) => [id as Token, { generateNext: { probabilities: true, options } }] as [Token, never]);
   const out = await context.getSequence().controlledEvaluate(tokens);
@@ -305,6 +313,50 @@ describe('log-probabilities over 256 positions', () => {
       expect.stringMatching(/^30 of 39 tensors are kept as F16 and Q8_0: their rows are no multiples of 256/),
     ]);
     expect(difference(odd.again, odd.llamaCpp)).toBeLessThan(difference(odd.original, odd.again) * 2);
+  });
+});
+
+describe('an adapter beside the file of its base', () => {
+  test.each<[string, ModelConfig, AdapterOptions]>([
+    ['llama', llama, { rank: 4, alpha: 6 }],
+    ['llama', llama, { rank: 2, init: 'olora', rankStabilized: true, targets: ['q_proj', 'down_proj'] }],
+    ['gemma2', { ...gemma2, queryScalar: 18 }, { rank: 3, targets: ['q_proj', 'v_proj', '*.mlp.*'] }],
+    ['phi3', phi3, { rank: 4, targets: ['q_proj', 'v_proj', 'o_proj', 'up_proj'] }],
+    ['gpt2', gpt2, { rank: 4 }],
+  ])('%s', { timeout: 60_000 }, async (_, config, options) => {
+    const paths = { base: join(folder, 'base.gguf'), adapter: join(folder, 'adapter.gguf') };
+    const model = withBiases(createModel(config, { seed: 3, trainable: false }));
+    const before = await ours(model, ids);
+    const adapter = await createAdapter(model, options);
+    for (const { name, tensor: t } of adapter.parameters.list) {
+      if (!name.endsWith('lora_B.weight')) continue;
+      adapter.parameters.write(
+        name,
+        0,
+        Float32Array.from({ length: t.size }, (_, i) => 0.1 * Math.sin(i * 1.3 + t.size)),
+      );
+    }
+    adapter.parameters.refresh();
+    await exportGgufAdapter(paths.adapter, model, adapter);
+    const applied = await ours(model, ids);
+    setAdapter(model, null);
+    await exportGguf(paths.base, model, tokenizer, { type: 'f32' });
+    const peer = await llamaCpp.loadModel({ modelPath: paths.base, gpuLayers: 0 });
+    // llama.cpp rounds keys and values to float16.
+    const rounding = difference(before, await theirs(peer, ids));
+    expect(difference(applied, await theirs(peer, ids, paths.adapter))).toBeLessThan(4 * rounding);
+    expect(difference(applied, before)).toBeGreaterThan(20 * rounding);
+    await peer.dispose();
+    adapter.dispose();
+    model.dispose();
+  });
+
+  test('DoRA is refused', async () => {
+    const model = createModel(llama, { seed: 3, trainable: false });
+    const adapter = await createAdapter(model, { kind: 'dora' });
+    await expect(exportGgufAdapter(join(folder, 'dora.gguf'), model, adapter)).rejects.toThrow(/kind dora/);
+    adapter.dispose();
+    model.dispose();
   });
 });
 
