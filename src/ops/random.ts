@@ -1,4 +1,5 @@
 import { op } from '../tensor/op.ts';
+import { checkSeed } from '../tensor/random.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
 const noise = op({
@@ -12,9 +13,10 @@ const normal = op({ forward: 'random_normal(y[*]&, seed, stream, std) -> ' });
  * the same bits, whatever the thread count.
  * @param stream tells apart tensors of one seed.
  * @param std standard deviation.
+ * @throws ConfigError `ERR_SEED` for a seed or stream that is no integer in [0, 2^53).
  */
 export function randomNormal_(y: Tensor, seed: number, stream: number, std: number): void {
-  normal(y, seed, stream, std);
+  normal(y, checkSeed(seed), checkSeed(stream, 'stream'), std);
 }
 
 /**
@@ -24,7 +26,8 @@ export function randomNormal_(y: Tensor, seed: number, stream: number, std: numb
  * @param size [*], f32: how far the elements of a row may move.
  * @param stream tells apart draws of one seed.
  * @returns [* C]
+ * @throws ConfigError `ERR_SEED` for a seed or stream that is no integer in [0, 2^53).
  */
 export function addNoise(x: Tensor, size: Tensor, seed: number, stream: number): Tensor {
-  return noise(x, size, seed, stream)[0]!;
+  return noise(x, size, checkSeed(seed), checkSeed(stream, 'stream'))[0]!;
 }

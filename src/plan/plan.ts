@@ -184,7 +184,8 @@ function changes(run: RunConfig, device: PlannedDevice, vocabSize: number): Chan
   if (run.optimizer.moments === 'f32') found.push({ change: 'moments of 8 bits', set: { 'optimizer.moments': '8bit' } });
   if (run.optimizer.master && device.kind === 'cuda')
     found.push({ change: 'no f32 originals: bf16 weights are rounded by chance', set: { 'optimizer.master': false } });
-  if (length > 256) found.push({ change: `sequences of ${length / 2} tokens`, set: { 'batch.length': Math.floor(length / 2) } });
+  const shorter = Math.floor(length / 2);
+  if (length > 256) found.push({ change: `sequences of ${shorter} tokens`, set: { 'batch.length': shorter } });
   return found;
 }
 

@@ -210,8 +210,6 @@ export function limiter(count: number): <T>(run: () => Promise<T>) => Promise<T>
   };
 }
 
-export const noUsage: Usage = { promptTokens: 0, completionTokens: 0 };
-
 /** Adds a call to what was used. */
 export function count(meter: Meter, usage: Usage): void {
   meter.requests++;

@@ -88,3 +88,18 @@ checkOp({
     [700, 13],
   ].map((shape) => [{ shape }]),
 });
+
+test('seeds and streams that are none are refused by name', () => {
+  using y = tensor(new Float32Array(4));
+  using size = tensor(new Float32Array(1));
+  using x = tensor(new Float32Array(4), [1, 4]);
+  for (const wrong of [-1, 0.5, Number.NaN, 2 ** 53]) {
+    for (const [argument, seed, stream] of [
+      ['seed', wrong, 0],
+      ['stream', 0, wrong],
+    ] as const) {
+      expect(() => randomNormal_(y, seed, stream, 1)).toThrow(expect.objectContaining({ code: 'ERR_SEED', argument }));
+      expect(() => addNoise(x, size, seed, stream)).toThrow(expect.objectContaining({ code: 'ERR_SEED', argument }));
+    }
+  }
+});

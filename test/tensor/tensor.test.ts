@@ -18,15 +18,19 @@ test('elements go in and come out', async () => {
 
 test('large tensors pass in pieces, and those that no array can hold are refused by name', async () => {
   const size = 2 ** 24 + 5;
+  const bytes = Buffer.alloc(
+    size,
+    Uint8Array.from({ length: 251 }, (_, i) => i),
+  );
   using zero = zeros([size], 'u8');
-  using ramp = tensor(Uint8Array.from({ length: size }, (_, i) => i % 251));
+  using ramp = tensor(bytes);
   let at = 3;
   for await (const piece of piecesOf(ramp, 3)) {
-    expect(Buffer.compare(piece as Uint8Array, ((await ramp.read()) as Uint8Array).subarray(at, at + piece.length))).toBe(0);
+    expect(Buffer.compare(piece as Uint8Array, bytes.subarray(at, at + piece.length))).toBe(0);
     at += piece.length;
   }
   expect(at).toBe(size);
-  expect(((await zero.read()) as Uint8Array).every((x) => x === 0)).toBe(true);
+  expect(Buffer.compare((await zero.read()) as Uint8Array, Buffer.alloc(size))).toBe(0);
   expect(() => zeros([2, -1])).toThrow(expect.objectContaining({ code: 'ERR_SHAPE' }));
   await rehearse({ kind: 'cpu', flops: 1, fastFlops: 1, bandwidth: 1, memory: 1 }, async () => {
     using large = zeros([2 ** 33], 'u8');
