@@ -80,8 +80,8 @@ LIMBECK_INLINE Vecs<N> exp2_down(const Vecs<N>& x) {
 }
 LIMBECK_INLINE Vec exp2_down(Vec x) { return exp2_down(Vecs<1>{{x}}).v[0]; }
 
-// The first n elements, where n may be anything; the others are zero.
-LIMBECK_INLINE Vec load_some(const float* p, int64_t n) { return n >= W ? load(p) : load_part(p, n); }
+// The first n elements, where n may be anything, below 0 too; the others are zero, and their memory is left alone.
+LIMBECK_INLINE Vec load_some(const float* p, int64_t n) { return n >= W ? load(p) : n > 0 ? load_part(p, n) : Vec{}; }
 
 struct Problem {
   const float *q, *k, *v;

@@ -1,4 +1,7 @@
 // Attention against a plain float64 reference, its gradients against the analytic ones and against finite differences.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -267,6 +270,56 @@ TEST(queries_at_the_end_of_more_keys) {
       for (int64_t window : {0, 1, 33, 300})
         for (double cap : {0., 50.}) compare({2, t, s, 6, 2, 24, cap, window});
   for (int64_t group : {1, 2, 3, 4, 7}) compare({1, 1, 700, group, 1, 17, 50, 0});
+}
+
+// Floats that end where memory does: to read one too many ends the process.
+class AtTheEdge {
+ public:
+  explicit AtTheEdge(const Floats& from) : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), bytes_((from.size() * 4 / page_ + 2) * page_) {
+    base_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base_ + bytes_ - page_, page_, PROT_NONE);
+    data = reinterpret_cast<float*>(base_ + bytes_ - page_) - from.size();
+    std::copy(from.begin(), from.end(), data);
+  }
+  ~AtTheEdge() { munmap(base_, bytes_); }
+  AtTheEdge(const AtTheEdge&) = delete;
+  float* data;
+
+ private:
+  size_t page_, bytes_;
+  char* base_;
+};
+
+TEST(nothing_behind_the_inputs_is_read) {
+  for (const int64_t d : {1, 3, 8, 12, 16, 17, 24, 33, 40}) {
+    const Data x = make({2, 19, 19, 4, 2, d});
+    Result expected, r;
+    forward(x, expected, pool());
+    backward(x, expected, pool());
+    const AtTheEdge q(x.q), k(x.k), v(x.v), dy(x.dy);
+    r.y.assign(x.q.size(), -77.f), r.lse.assign(expected.lse.size(), -77.f);
+    r.dq.assign(x.q.size(), -77.f), r.dk.assign(x.k.size(), -77.f), r.dv = r.dk;
+    const auto inputs = [&](Call& call, int first) {
+      set_inputs(call, first, x);
+      call.in[first].data = q.data, call.in[first + 1].data = k.data, call.in[first + 2].data = v.data;
+    };
+    Call there, back;
+    inputs(there, 0);
+    there.out[0] = view(r.y, {2, 19, 4, d});
+    there.out[1] = view(r.lse, {2, 4, 19});
+    launch("attention", there, pool());
+    back.in[0] = view(x.dy, {2, 19, 4, d});
+    back.in[0].data = dy.data;
+    inputs(back, 1);
+    back.in[5] = view(r.y, {2, 19, 4, d});
+    back.in[6] = view(r.lse, {2, 4, 19});
+    back.out[0] = view(r.dq, {2, 19, 4, d});
+    back.out[1] = view(r.dk, {2, 19, 2, d});
+    back.out[2] = view(r.dv, {2, 19, 2, d});
+    launch("attention_backward", back, pool());
+    CHECK(r.y == expected.y && r.lse == expected.lse && r.dq == expected.dq && r.dk == expected.dk && r.dv == expected.dv, "head size %d",
+          static_cast<int>(d));
+  }
 }
 
 TEST(many_parts_of_a_long_sequence) {
