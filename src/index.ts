@@ -240,13 +240,18 @@ export {
   writeFewShotChains,
 } from './synth/instruct/training.ts';
 export {
+  type ComparedRecord,
+  type CompareOptions,
   type Comparison,
+  compare,
   expectedScore,
   type Judged,
   type JudgeOptions,
   judgePair,
   judgeRubric,
   judgeScore,
+  type OtherAnswers,
+  otherAnswers,
   type RewardOptions,
   readScore,
   reward,

@@ -2,9 +2,12 @@
 
 import { join } from 'node:path';
 import type { InstructionChain } from '../synth/instruct/synthesize.ts';
+import type { ComparedRecord, Winner } from '../synth/judge.ts';
 import type { Pipeline, PipelineEvent } from '../synth/pipeline.ts';
+import type { Provider } from '../synth/provider.ts';
 import type { ProviderSpec } from '../synth/providers/open.ts';
 import type { InstructionRecord } from '../synth/record.ts';
+import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import { count } from '../train/format.ts';
 import {
   allValues,
@@ -80,6 +83,11 @@ async function follow(events: (signal: AbortSignal) => AsyncIterable<PipelineEve
             const dropped = Object.entries(event.dropped).map(([reason, n]) => `${reason} ${count(n)}`);
             const refused = dropped.length ? `, refused: ${dropped.join(', ')}` : '';
             process.stdout.write(`${event.stage.padEnd(12)} ${count(event.input)} in, ${count(event.records)} out${refused}\n`);
+          } else if (event.type === 'usage') {
+            const { provider, requests, retries, promptTokens, completionTokens } = event;
+            process.stdout.write(
+              `${'calls'.padEnd(12)} ${count(requests)} of ${provider}, ${count(retries)} tried again; tokens ${count(promptTokens)} in, ${count(completionTokens)} out\n`,
+            );
           }
         }
       } catch (error) {
@@ -97,6 +105,7 @@ async function follow(events: (signal: AbortSignal) => AsyncIterable<PipelineEve
 async function overData(
   args: { data: string; output?: string | undefined; seed?: string | undefined; json?: boolean | undefined },
   chain: (from: Pipeline<InstructionRecord>) => Pipeline<InstructionRecord>,
+  provider?: Provider,
 ): Promise<void> {
   const { jsonlRecords, pipeline, runPipeline } = await import('../synth/pipeline.ts');
   const { reportOutput } = await import('../synth/report.ts');
@@ -104,18 +113,28 @@ async function overData(
   const source = pipeline(await jsonlRecords<InstructionRecord>(args.data));
   const seed = numberOption('seed', args.seed, 0, true);
   const options = { output: args.output, ...(seed === undefined ? {} : { seed }) };
-  await follow((signal) => runPipeline(chain(source), { ...options, signal }), args.json);
+  await follow((signal) => metered(runPipeline(chain(source), { ...options, signal }), provider), args.json);
   await reportOutput(args.output);
   if (!args.json) process.stdout.write(`report       ${join(args.output, 'report.html')}\n`);
+}
+
+/** What a run tells, and what its provider was used for. */
+async function* metered(
+  events: AsyncIterable<PipelineEvent>,
+  provider: Provider | undefined,
+): AsyncGenerator<PipelineEvent, void> {
+  yield* events;
+  if (provider !== undefined) yield { type: 'usage', provider: provider.name, ...provider.meter };
 }
 
 /** With the provider that the options name. */
 async function withProvider(
   args: ModelArguments & { provider?: string | undefined },
   run: (provider: Awaited<ReturnType<typeof open>>) => Promise<void>,
+  more: Partial<ProviderSpec> = {},
 ) {
   if (args.provider === undefined) throw new UsageError('which model? Give --provider');
-  const provider = await open(modelSpec(args.provider, args));
+  const provider = await open({ ...modelSpec(args.provider, args), ...more });
   try {
     await run(provider);
   } finally {
@@ -126,6 +145,15 @@ async function withProvider(
 async function open(spec: ProviderSpec) {
   const { openProvider } = await import('../synth/providers/open.ts');
   return openProvider(spec);
+}
+
+/** The tokenizer of a file, a folder, or a GGUF file. */
+async function tokenizerAt(path: string): Promise<Tokenizer> {
+  const { isGguf, openGgufModel } = await import('../models/gguf.ts');
+  const { loadTokenizer } = await import('../tokenizer/tokenizer.ts');
+  if (!isGguf(path)) return loadTokenizer(path);
+  await using file = await openGgufModel(path);
+  return file.tokenizer();
 }
 
 const list = (text: string) => text.split(',').map((part) => part.trim());
@@ -207,11 +235,10 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
     const rounds = number('rounds') ?? 3;
     const temperature = numberOption('temperature', args.temperature, 0) ?? 0;
     const seed = numberOption('seed', args.seed, 0, true) ?? 0;
-    const remote = /^(https?:|ollama:)|\.gguf$/.test(args.provider);
+    const remote = /^(https?:|ollama:)/.test(args.provider);
     if (remote && args.tokenizer === undefined) throw new UsageError('--tokenizer is missing: prompts are measured with it');
     const { resolveCheckpoint } = await import('../models/folder.ts');
     const { loadConfig } = await import('../models/model.ts');
-    const { loadTokenizer } = await import('../tokenizer/tokenizer.ts');
     const { jsonl } = await import('../data/jsonl.ts');
     const { textFiles } = await import('../data/source.ts');
     const { passageStage, textRecords } = await import('../synth/instruct/passages.ts');
@@ -219,7 +246,7 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
     const { synthesisReport, synthesizeInstructions } = await import('../synth/instruct/synthesize.ts');
     const { pipeline, readManifest, readRecords, runPipeline } = await import('../synth/pipeline.ts');
     const local = remote ? undefined : await resolveCheckpoint(args.provider);
-    const tokenizer = await loadTokenizer(args.tokenizer ?? local!);
+    const tokenizer = await tokenizerAt(args.tokenizer ?? local!);
     const most = local === undefined ? 4096 : Math.min(4096, (await loadConfig(local)).context);
     const isLines = /\.(jsonl|ndjson)$/.test(args.texts);
     const texts = pipeline(
@@ -227,22 +254,24 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
         isLines ? jsonl(args.texts, args.field === undefined ? {} : { field: args.field }) : textFiles(args.texts),
       ),
     );
-    await withProvider(args, async (provider) => {
+    const context = number('context') ?? most;
+    const run = async (provider: Provider): Promise<void> => {
       const stages = synthesizeInstructions(
         passage === undefined ? texts : texts.through(passageStage({ tokenizer, tokens: passage })),
         {
           provider,
           tokenizer,
           rounds,
-          context: number('context') ?? most,
+          context,
           maxTokens: number('max-tokens') ?? 400,
           sampling: { temperature },
         },
       )
         .through(renderStage())
         .through(documentStage());
-      await follow((signal) => runPipeline(stages, { output, seed, signal }), args.json);
-    });
+      await follow((signal) => metered(runPipeline(stages, { output, seed, signal }), provider), args.json);
+    };
+    await withProvider(args, run, { context });
     const files = new Map((await readManifest(output)).map(({ stage, file }) => [stage, join(output, file)]));
     const report = await synthesisReport(readRecords<InstructionChain>(files.get(`round-${rounds}`)!));
     const documents = files.get('documents')!;
@@ -277,8 +306,10 @@ const tag = command({
       throw new UsageError(`--missions has "${unknown}"; there are ${Object.keys(module.missions).join(', ')}`);
     }
     await withProvider(args, (provider) =>
-      overData(args, (chain) =>
-        chain.through(module.tag({ provider, ...(asked === undefined ? {} : { missions: asked as never }) })),
+      overData(
+        args,
+        (chain) => chain.through(module.tag({ provider, ...(asked === undefined ? {} : { missions: asked as never }) })),
+        provider,
       ),
     );
   },
@@ -313,7 +344,11 @@ limbeck synth dedupe runs/magpie/02-respond.jsonl --provider ollama:nomic-embed-
     const keep = args.keep === undefined ? {} : { keep: args.keep as 'first' | 'all' };
     if (args.provider === undefined) return overData(args, (chain) => chain.through(module.dedupeText(limit)));
     await withProvider(args, (provider) =>
-      overData(args, (chain) => chain.through(module.embed({ provider })).through(module.dedupe({ ...limit, ...keep }))),
+      overData(
+        args,
+        (chain) => chain.through(module.embed({ provider })).through(module.dedupe({ ...limit, ...keep })),
+        provider,
+      ),
     );
   },
 });
@@ -347,16 +382,53 @@ limbeck synth filter runs/tagged/01-tag.jsonl --set quality=good --set longest=1
 
 const judge = command({
   meta: { name: 'judge', description: 'Let a model score the answers of records, 0 to 100.' },
-  args: { ...dataArguments, ...modelArguments, ...commonArguments },
-  examples:
-    'limbeck synth judge runs/magpie/02-respond.jsonl --provider http://127.0.0.1:8000/v1 --model-name judge --output runs/judged',
+  args: {
+    ...dataArguments,
+    ...modelArguments,
+    against: {
+      type: 'string',
+      description: 'Other answers to the same instructions, by the ids of the records: which are better?',
+      valueHint: 'file',
+    },
+    ...commonArguments,
+  },
+  examples: `
+limbeck synth judge runs/magpie/02-respond.jsonl --provider http://127.0.0.1:8000/v1 --model-name judge --output runs/judged
+limbeck synth judge answers.jsonl --against runs/magpie/02-respond.jsonl --provider runs/chat --output runs/compared
+`.trim(),
   async run({ args }) {
-    const { reward } = await import('../synth/judge.ts');
-    const { bootstrap, correlation } = await import('../synth/statistics.ts');
+    const { compare, otherAnswers, reward } = await import('../synth/judge.ts');
+    const { bootstrap, correlation, lengths, winRate } = await import('../synth/statistics.ts');
     const { readManifest, readRecords } = await import('../synth/pipeline.ts');
     const { responseOf } = await import('../synth/record.ts');
+    if (args.against !== undefined) {
+      const others = await otherAnswers(readRecords<InstructionRecord>(args.against));
+      await withProvider(args, (provider) =>
+        overData(args, (chain) => chain.through(compare({ provider, against: others })), provider),
+      );
+      const winners: Winner[] = [];
+      const answers: [string[], string[]] = [[], []];
+      const file = (await readManifest(args.output!)).at(-1)!.file;
+      for await (const record of readRecords<ComparedRecord>(join(args.output!, file))) {
+        winners.push(record.comparison.winner);
+        answers[0].push(responseOf(record));
+        answers[1].push(others.get(record.id)!.response);
+      }
+      const rate = winners.length > 0 ? winRate(winners) : undefined;
+      const [mine, theirs] = answers.map((texts) => lengths(texts));
+      if (args.json)
+        process.stdout.write(`${JSON.stringify({ type: 'judge', compared: winners.length, rate, lengths: [mine, theirs] })}\n`);
+      else if (rate !== undefined) {
+        const share = (x: number) => `${(100 * x).toFixed(1)} %`;
+        process.stdout.write(
+          `wins         ${share(rate.mean)} (95 %: ${share(rate.low)} to ${share(rate.high)}) of ${count(winners.length)}: ${count(rate.wins)} won, ${count(rate.losses)} lost, ${count(rate.ties)} ties\n` +
+            `length       ${mine!.characters.mean.toFixed(0)} characters, the others ${theirs!.characters.mean.toFixed(0)}\n`,
+        );
+      }
+      return;
+    }
     await withProvider(args, async (provider) => {
-      await overData(args, (chain) => chain.through(reward({ provider })));
+      await overData(args, (chain) => chain.through(reward({ provider })), provider);
       const scores: number[] = [];
       const sizes: number[] = [];
       const file = (await readManifest(args.output!)).at(-1)!.file;
@@ -378,8 +450,7 @@ const judge = command({
       else if (interval !== undefined) {
         process.stdout.write(
           `score        ${interval.mean.toFixed(2)} (95 %: ${interval.low.toFixed(2)} to ${interval.high.toFixed(2)}) of ${count(scores.length)} answers; ` +
-            `correlation with their length ${result.lengthCorrelation.toFixed(2)}\n` +
-            `tokens       ${count(meter.promptTokens)} in, ${count(meter.completionTokens)} out\n`,
+            `correlation with their length ${result.lengthCorrelation.toFixed(2)}\n`,
         );
       }
     });

@@ -1,6 +1,6 @@
 // A model as judge: one answer on a scale, two answers against each other, or an answer by several criteria.
 
-import type { RecordStage } from './pipeline.ts';
+import { digest, type RecordStage } from './pipeline.ts';
 import type { ChatMessage, Provider, Reply, Sampling, TokenScore } from './provider.ts';
 import { type InstructionRecord, instructionOf, responseOf } from './record.ts';
 import { fromJson, objectsIn } from './tag.ts';
@@ -209,6 +209,47 @@ export function reward(options: RewardOptions): RecordStage<InstructionRecord, I
       });
       const other = await judgeScore({ instruction, response: reply.text }, { ...options, seed: seed(32), signal });
       return { value: { ...record, reward: score, baseReward: other.score } };
+    },
+  };
+}
+
+/** Other answers by the ids of their records, with the instructions that they answer. */
+export type OtherAnswers = ReadonlyMap<string, { readonly instruction: string; readonly response: string }>;
+
+/** Answers to compare with. */
+export async function otherAnswers(
+  records: AsyncIterable<InstructionRecord> | Iterable<InstructionRecord>,
+): Promise<OtherAnswers> {
+  const answers = new Map<string, { instruction: string; response: string }>();
+  for await (const record of records) {
+    answers.set(record.id, { instruction: instructionOf(record), response: responseOf(record) });
+  }
+  return answers;
+}
+
+export interface CompareOptions extends Omit<JudgeOptions, 'seed' | 'signal'> {
+  readonly against: OtherAnswers;
+}
+
+/** A record whose answer was compared: `a` is its own, `b` the other. */
+export type ComparedRecord = InstructionRecord & { readonly comparison: Comparison };
+
+/** Compares the answer of each record with another one to the same instruction, in both orders. */
+export function compare(options: CompareOptions): RecordStage<InstructionRecord, ComparedRecord> {
+  const { provider, against, sampling, retries } = options;
+  return {
+    kind: 'record',
+    name: 'compare',
+    settings: [provider.name, digest([...against]), sampling, retries],
+    // Both orders are asked at once.
+    concurrency: Math.max(1, provider.concurrency >> 1),
+    async run(record, { seed, signal }) {
+      const other = against.get(record.id);
+      if (other === undefined) return { dropped: 'no-other-answer' };
+      const instruction = instructionOf(record);
+      if (other.instruction !== instruction) return { dropped: 'other-instruction', detail: other.instruction };
+      const pair = { instruction, a: responseOf(record), b: other.response };
+      return { value: { ...record, comparison: await judgePair(pair, { ...options, seed: seed(), signal }) } };
     },
   };
 }

@@ -10,7 +10,7 @@ import { lockFolder } from '../io/lock.ts';
 import { ConfigError, DataError } from '../tensor/errors.ts';
 import { checkSeed, randomBlock } from '../tensor/random.ts';
 import { linesAt, lineWriter, openJournal } from './journal.ts';
-import { isTooLong } from './provider.ts';
+import { isTooLong, type Meter } from './provider.ts';
 
 /** What a stage makes of a record: a new record, or a reason why there is none. */
 export type Outcome<T> = { readonly value: T } | { readonly dropped: string; readonly detail?: string };
@@ -77,7 +77,9 @@ export type PipelineEvent =
       readonly total: number | undefined;
       readonly dropped: number;
     }
-  | ({ readonly type: 'finished' } & StageSummary);
+  | ({ readonly type: 'finished' } & StageSummary)
+  /** What a provider was used for, at the end of a run that opened it: stages that were not run again used nothing. */
+  | ({ readonly type: 'usage'; readonly provider: string } & Readonly<Meter>);
 
 /** A finished stage, as the manifest keeps it. */
 export interface StageSummary {

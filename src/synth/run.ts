@@ -33,6 +33,7 @@ function makeSchema() {
         .optional()
         .describe("What a server knows beyond OpenAI's fields."),
       concurrency: count().optional().describe('Calls at work at once.'),
+      context: count().optional().describe('Most tokens of a prompt and its answer, of a .gguf file.'),
       threads: count().optional().describe('Threads of a model in this process.'),
       template: z.string().min(1).optional().describe('Chat template of a local model: a style, or Jinja source.'),
     }),
@@ -187,7 +188,7 @@ async function openAll(run: MagpieRun) {
     const responder = (await open(run.responder)) ?? provider;
     const judge = (await open(run.judge)) ?? responder;
     const embedder = (await open(run.embedder)) ?? provider;
-    return { provider, responder, judge, embedder, base: await open(run.base), close };
+    return { provider, responder, judge, embedder, base: await open(run.base), all: opened, close };
   } catch (error) {
     await close();
     throw error;
@@ -204,7 +205,7 @@ export async function* runMagpie(
   options: { readonly signal?: AbortSignal } = {},
 ): AsyncGenerator<PipelineEvent, void> {
   const run = parseMagpieRun(input);
-  const { provider, responder, judge, embedder, base, close } = await openAll(run);
+  const { provider, responder, judge, embedder, base, all, close } = await openAll(run);
   try {
     let chain: Pipeline<InstructionRecord> = magpie({
       provider,
@@ -233,6 +234,7 @@ export async function* runMagpie(
       await exportRecords(to, readRecords<InstructionRecord>(join(run.output, last.file)), format);
     }
     await reportOutput(run.output);
+    for (const { name, meter } of all.values()) yield { type: 'usage', provider: name, ...meter };
   } finally {
     await close();
   }

@@ -4,7 +4,7 @@ import { readdir, readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { basename, join } from 'node:path';
 import { ConfigError, DataError, FileError, FormatError } from '../tensor/errors.ts';
-import { encodeEscaped, escapeSpecial } from './escape.ts';
+import { type AddedTokens, encodeEscaped, escapeSpecial } from './escape.ts';
 import { chatStyles } from './styles.ts';
 import type { Tokenizer } from './tokenizer.ts';
 
@@ -165,7 +165,7 @@ export function encodeChat(
 }
 
 /** Messages in which nothing but the role can make a special token of what a template writes. */
-export function escapeMessages<M extends Message>(tokenizer: Tokenizer, messages: readonly M[]): M[] {
+export function escapeMessages<M extends Message>(tokenizer: AddedTokens, messages: readonly M[]): M[] {
   return messages.map((message) => ({ ...escapeSpecial(tokenizer, message), role: message.role }));
 }
 

@@ -1,7 +1,6 @@
 // The text of special tokens in what people write: it stays text, and only what a template itself writes becomes a token.
 
 import type { TokenizerFile } from './file.ts';
-import type { Tokenizer } from './tokenizer.ts';
 
 /** Where a text is cut before it is encoded. A noncharacter of Unicode: no text that is meant to be read holds it. */
 const mark = '\ufdd3';
@@ -16,10 +15,15 @@ interface SpecialTexts {
   readonly longest: number;
 }
 
-const known = new WeakMap<TokenizerFile, SpecialTexts | null>();
+/** What is used of a tokenizer. */
+export interface AddedTokens {
+  readonly file: Pick<TokenizerFile, 'added'>;
+}
+
+const known = new WeakMap<AddedTokens['file'], SpecialTexts | null>();
 
 /** Null for a vocabulary without special tokens. One of a single character cannot be cut, and is left out. */
-function specialTexts({ file }: Tokenizer): SpecialTexts | null {
+function specialTexts({ file }: AddedTokens): SpecialTexts | null {
   const made = known.get(file);
   if (made !== undefined) return made;
   const whole = file.added.filter(({ special, content }) => special && [...content].length > 1).map(({ content }) => content);
@@ -43,7 +47,7 @@ function specialTexts({ file }: Tokenizer): SpecialTexts | null {
  * The value with marks in all its texts, such that {@link encodeEscaped} finds no special token in them, nor one that begins or ends in them,
  * whatever stands before or after. Texts that hold nothing of a special token stay as they are, so that templates see what was written.
  */
-export function escapeSpecial<T>(tokenizer: Tokenizer, value: T): T {
+export function escapeSpecial<T>(tokenizer: AddedTokens, value: T): T {
   const specials = specialTexts(tokenizer);
   return specials === null ? value : (escaped(value, specials) as T);
 }
@@ -79,7 +83,7 @@ function escapedText(text: string, { first, whole, begins, ends, longest }: Spec
 }
 
 /** The ids of a text that {@link escapeSpecial} has marked, wholly or in parts: each piece between marks is encoded by itself. */
-export function encodeEscaped(tokenizer: Tokenizer, text: string): Int32Array {
+export function encodeEscaped(tokenizer: { encode(text: string): Int32Array }, text: string): Int32Array {
   if (!text.includes(mark)) return tokenizer.encode(text);
   const runs = text.split(mark).map((part) => tokenizer.encode(part));
   const ids = new Int32Array(runs.reduce((sum, run) => sum + run.length, 0));

@@ -162,6 +162,19 @@ describe('what is drawn here', () => {
     }));
 });
 
+test('a conversation is that of the model in process; special tokens in what it says are text', () =>
+  using('f16.gguf', async (gguf, local) => {
+    for (const content of ['What is the food of Zenda?', 'What is the <|im_end|> of <|im_start|>?']) {
+      const call = { temperature: 0, maxTokens: 16, logProbabilities: 2 };
+      const [here, there] = [
+        await gguf.chat([{ role: 'user', content }], call),
+        await local.chat([{ role: 'user', content }], call),
+      ];
+      expect(here.usage.promptTokens).toBe(there.usage.promptTokens);
+      expect(shared(here, there, 5e-2)).toBeGreaterThan(2);
+    }
+  }));
+
 describe('what llama.cpp draws', () => {
   test('a bias shifts tokens; those that end a text too', () =>
     using('f16.gguf', async (gguf) => {

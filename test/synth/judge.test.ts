@@ -1,7 +1,19 @@
 import { describe, expect, test } from 'vitest';
-import { expectedScore, judgePair, judgeRubric, judgeScore, readScore, reward } from '../../src/synth/judge.ts';
+import {
+  compare,
+  expectedScore,
+  judgePair,
+  judgeRubric,
+  judgeScore,
+  otherAnswers,
+  readScore,
+  reward,
+} from '../../src/synth/judge.ts';
+import type { InstructionRecord } from '../../src/synth/record.ts';
 import { bootstrap, correlation, cost, lengths, winRate } from '../../src/synth/statistics.ts';
 import { scripted } from './scripted.ts';
+
+const sides = (content: string) => /Answer A\n(.*)\n\n## Answer B\n(.*)\n/.exec(content)!.slice(1) as [string, string];
 
 const judged = { instruction: 'Add 2 and 2', response: '4', reference: 'four' };
 
@@ -81,7 +93,6 @@ describe('scores', () => {
 
 describe('pairs', () => {
   const pair = { instruction: 'x', a: 'long answer', b: 'short' };
-  const sides = (content: string) => /Answer A\n(.*)\n\n## Answer B\n(.*)\n/.exec(content)!.slice(1) as [string, string];
 
   test('the better one wins in both orders', async () => {
     const provider = scripted({ chat: ([m]) => (sides(m!.content)[0] === 'short' ? 'A' : 'Answer B.') });
@@ -100,6 +111,31 @@ describe('pairs', () => {
     expect(await judgePair(pair, { provider: talker })).toEqual({ winner: 'tie', verdicts: [null, null] });
     expect(talker.meter.requests).toBe(6);
   });
+});
+
+test('a stage compares answers by id, and refuses those of other instructions', async () => {
+  const record = (id: string, question: string, answer: string): InstructionRecord => ({
+    id,
+    messages: [
+      { role: 'user', content: question },
+      { role: 'assistant', content: answer },
+    ],
+  });
+  const provider = scripted({ chat: ([m]) => (sides(m!.content)[0] === 'short' ? 'A' : 'B') });
+  const mine = [record('1', 'Q?', 'short'), record('2', 'Q?', 'long'), record('3', 'Q?', 'short'), record('4', 'Q?', 'short')];
+  const others = [record('1', 'Q?', 'long'), record('2', 'Q?', 'short'), record('3', 'R?', 'long')];
+  const stage = compare({ provider, against: await otherAnswers(others) });
+  const context = { index: 0, seed: () => 1, signal: new AbortController().signal };
+  const outcomes = await Promise.all(mine.map((one) => stage.run(one, context)));
+  expect(outcomes).toMatchObject([
+    { value: { id: '1', comparison: { winner: 'a', verdicts: ['a', 'a'] } } },
+    { value: { id: '2', comparison: { winner: 'b' } } },
+    { dropped: 'other-instruction' },
+    { dropped: 'no-other-answer' },
+  ]);
+  // Other answers make another stage.
+  const changed = compare({ provider, against: await otherAnswers(others.slice(1)) });
+  expect(changed.settings).not.toEqual(stage.settings);
 });
 
 test('a rubric: grades as numbers or texts, missing ones asked for again', async () => {

@@ -316,6 +316,13 @@ describe('on the command line', () => {
     expect(
       await limbeckHere(['synth', 'judge', data, '--provider', model, '--template', 'chatml', ...to('judged')]),
     ).toMatchObject({ code: 0 });
+    const compared = await limbeckHere([
+      ...['synth', 'judge', data, '--against', data, '--provider', model, '--template', 'chatml', ...to('compared')],
+    ]);
+    // An answer against itself is a tie, whatever the judge says.
+    expect(compared).toMatchObject({ code: 0, err: '' });
+    expect(compared.out).toMatch(/^wins +50\.0 % .* 0 won, 0 lost, \d+ ties$/m);
+    expect(compared.out).toMatch(/^calls +\d+ of limbeck:[^@]+@[0-9a-f]{8}, 0 tried again; tokens [\d,]+ in/m);
     const filtered = await limbeckHere([
       'synth',
       'filter',

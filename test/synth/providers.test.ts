@@ -236,7 +236,7 @@ describe('faults of a server', () => {
     ['an error inside', 'data: {"error":{"message":"gone"}}\n\n', 'ERR_ANSWER'],
   ])('%s is tried again, and nothing of it stays', async (_, begun, code) => {
     const whole =
-      'data: {"choices":[{"text":"hal"}]}\n\ndata: {"choices":[{"text":"lo","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n';
+      ': ready\nevent: piece\ndata: {"choices":[{"text":"hal"}]}\n\ndata: {"choices":[{"text":"lo","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n';
     const { provider } = await against(
       ({ before, response }) => {
         response.writeHead(200, { 'content-type': 'text/event-stream' });
@@ -244,7 +244,9 @@ describe('faults of a server', () => {
       },
       { stream: true },
     );
-    expect((await provider.complete('x')).text).toBe('hallo');
+    const pieces: string[] = [];
+    expect((await provider.complete('x', { onText: (piece) => pieces.push(piece) })).text).toBe('hallo');
+    expect(pieces.join('')).toBe('hallo');
     expect(provider.meter.retries).toBe(2);
     const broken = await against(({ response }) => void response.end(begun), { stream: true, retries: 0 });
     expect(await failure(broken.provider.complete('x'))).toMatchObject({ code, retryable: true });

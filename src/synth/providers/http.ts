@@ -23,14 +23,21 @@ export interface HttpOptions {
 export interface HttpClient {
   /** Posts JSON, reads JSON. @throws ProviderError */
   json(path: string, body: unknown, signal?: AbortSignal): Promise<unknown>;
-  /** Posts JSON and hands on the lines of the answer, until it ends; `again` is called before a new try. @throws ProviderError */
-  lines(
-    path: string,
-    body: unknown,
-    handler: { line(text: string): void; end(): void; again(): void },
-    signal?: AbortSignal,
-  ): Promise<void>;
+  /**
+   * Posts JSON, reads an answer that comes in parts: events (`data: {...}`) or lines of JSON. It is whole when one part says so, or
+   * `[DONE]` has come.
+   * @throws ProviderError
+   */
+  parts<T>(path: string, body: unknown, reader: PartReader<T>, signal?: AbortSignal): Promise<T[]>;
   close(): void;
+}
+
+/** What the parts of a streamed answer mean. */
+export interface PartReader<T> {
+  text(part: T): string;
+  isLast(part: T): boolean;
+  /** Told each piece of text as it comes; once, however often the call is tried. */
+  readonly onText: ((text: string) => void) | undefined;
 }
 
 export function httpClient(options: HttpOptions, onRetry: () => void): HttpClient {
@@ -135,18 +142,46 @@ export function httpClient(options: HttpOptions, onRetry: () => void): HttpClien
         }
       }, signal);
     },
-    async lines(path, body, handler, signal) {
-      const text = JSON.stringify(body);
-      let first = true;
-      await tried(async () => {
-        if (!first) handler.again();
-        first = false;
-        await once(path, text, signal, (line) => handler.line(line));
-        handler.end();
+    parts<T>(path: string, body: unknown, { text, isLast, onText }: PartReader<T>, signal?: AbortSignal) {
+      const request = JSON.stringify(body);
+      let told = 0;
+      return tried(async () => {
+        const parts: T[] = [];
+        let whole = false;
+        let length = 0;
+        await once(path, request, signal, (line) => {
+          const isEvent = line.startsWith('data:');
+          const data = (isEvent ? line.slice('data:'.length) : line).trim();
+          if (data === '[DONE]') whole = true;
+          // Events have names and remarks, and blank lines between them.
+          if (data === '[DONE]' || !(isEvent || data.startsWith('{'))) return;
+          const part = parsePart<T>(options.url, data);
+          parts.push(part);
+          whole ||= isLast(part);
+          const piece = text(part);
+          length += piece.length;
+          if (length <= told) return;
+          onText?.(piece.slice(told - length));
+          told = length;
+        });
+        if (!whole) throw broken(options.url, 'ERR_STREAM', 'ended its stream in the middle', undefined);
+        return parts;
       }, signal);
     },
     close: () => agent.destroy(),
   };
+}
+
+function parsePart<T>(url: string, data: string): T {
+  let part: T & { error?: string | { message?: string } };
+  try {
+    part = JSON.parse(data) as typeof part;
+  } catch (cause) {
+    throw broken(url, 'ERR_ANSWER', `sent a part that is not JSON: ${excerpt(data)}`, cause);
+  }
+  const { error } = part;
+  if (!error) return part;
+  throw broken(url, 'ERR_ANSWER', `stopped with an error: ${typeof error === 'string' ? error : error.message}`, undefined);
 }
 
 /** A fault of the connection or of the server that may be gone next time. */

@@ -5,7 +5,8 @@ import { availableParallelism } from 'node:os';
 import { textWriter } from '../../models/completion.ts';
 import { adjust, candidatesOf, chance, checkSampling, draw, type Sampling, topOf } from '../../models/sampling.ts';
 import { ConfigError, DataError } from '../../tensor/errors.ts';
-import { type ChatTemplate, chatTemplate } from '../../tokenizer/chat.ts';
+import { type ChatTemplate, chatTemplate, escapeMessages } from '../../tokenizer/chat.ts';
+import { encodeEscaped } from '../../tokenizer/escape.ts';
 import type { TokenDecoder } from '../../tokenizer/tokenizer.ts';
 import {
   type Abilities,
@@ -21,6 +22,7 @@ import {
   unable,
 } from '../provider.ts';
 import { choiceMask } from './choices.ts';
+import { fingerprint } from './fingerprint.ts';
 
 type Token = number & { __token?: never };
 
@@ -43,7 +45,10 @@ interface Model {
   };
   readonly fileInfo: {
     readonly metadata: {
-      readonly tokenizer?: { readonly chat_template?: string; readonly ggml?: { readonly tokens?: string[] } };
+      readonly tokenizer?: {
+        readonly chat_template?: string;
+        readonly ggml?: { readonly tokens?: readonly string[]; readonly token_type?: readonly number[] };
+      };
     };
   };
   readonly trainContextSize: number;
@@ -103,7 +108,8 @@ export async function openLlamaProvider(options: LlamaOptions): Promise<Provider
     const model = (await llama.loadModel({ modelPath: file })) as Model;
     const context = Math.min(options.context ?? 2048, model.trainContextSize);
     const template = typeof options.template === 'object' ? options.template : templateOf(model, name, options.template);
-    return await provide(model, library, { name, sequences, context, template, close: () => llama.dispose() });
+    const digest = await fingerprint(file, template?.source);
+    return await provide(model, library, { name, digest, sequences, context, template, close: () => llama.dispose() });
   } catch (error) {
     await llama.dispose();
     throw error;
@@ -112,6 +118,7 @@ export async function openLlamaProvider(options: LlamaOptions): Promise<Provider
 
 interface Setting {
   readonly name: string;
+  readonly digest: string;
   readonly sequences: number;
   readonly context: number;
   readonly template: ChatTemplate | undefined;
@@ -137,10 +144,11 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
     stopIds: true,
   };
 
-  const encode = (prompt: string): Token[] => {
-    const ids = model.tokenize(prompt, true);
+  const vocabulary = vocabularyOf(model);
+  const encode = (prompt: string, begin: boolean): Token[] => {
+    const ids: Token[] = [...encodeEscaped(vocabulary, prompt)];
     // A prompt may bring its begin token along; there must be one of it.
-    if (bos !== null && shouldPrependBosToken && ids[0] !== bos) ids.unshift(bos);
+    if (begin && bos !== null && shouldPrependBosToken && ids[0] !== bos) ids.unshift(bos);
     if (ids.length > 0 && ids.length < context) return ids;
     const [code, what] =
       ids.length === 0
@@ -149,10 +157,10 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
     throw new DataError(`${name}: ${what}`, { code, op: 'generate', argument: 'prompt', actual: String(ids.length) });
   };
 
-  const run = async (sequence: Sequence, prompt: string, call: CompletionOptions): Promise<Reply> => {
+  const run = async (sequence: Sequence, prompt: string, call: CompletionOptions, begin: boolean): Promise<Reply> => {
     checkAbilities(name, can, call);
     const { maxTokens = 512, stop = [], stopIds = [], logProbabilities, signal, onText } = call;
-    const ids = encode(prompt);
+    const ids = encode(prompt, begin);
     const draws = drawsOf(model, library, ends, ids, call);
     const most = Math.min(maxTokens, context - ids.length);
     const text = textWriter(decoderOf(model), stop);
@@ -183,19 +191,20 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
     return { text: written, finish, usage, ...(logProbabilities === undefined ? {} : { tokens: scores }) };
   };
 
-  const complete = (prompt: string, call: CompletionOptions): Promise<Reply> =>
+  // A chat template has decided for itself whether a begin token goes first.
+  const complete = (prompt: string, call: CompletionOptions, begin = true): Promise<Reply> =>
     limited(async () => {
       call.signal?.throwIfAborted();
       const sequence = free.pop()!;
       try {
-        return await run(sequence, prompt, call);
+        return await run(sequence, prompt, call, begin);
       } finally {
         free.push(sequence);
       }
     });
 
   return {
-    name: `gguf:${name}`,
+    name: `gguf:${name}@${setting.digest}`,
     model: name,
     can,
     concurrency: sequences,
@@ -206,11 +215,11 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
       if (template === undefined) {
         throw unable(name, 'answer a conversation', 'the file has no chat template; give one, or the name of a style');
       }
-      const asked = chatCall(template, messages, call, (text) => {
+      const asked = chatCall(template, escapeMessages(vocabulary, messages), call, (text) => {
         const ids = model.tokenize(text, true);
         return ids.length === 1 ? ids[0] : undefined;
       });
-      return complete(asked.prompt, asked.call);
+      return complete(asked.prompt, asked.call, false);
     },
     async embed(texts, { signal } = {}) {
       embedder ??= model.createEmbeddingContext({ contextSize: context });
@@ -347,6 +356,19 @@ function scoreOf(model: Model, row: Float32Array, token: Token, count: number): 
   });
   const alternatives = Array.from({ length: Math.min(count, row.length) }, (_, i) => score(ids[i]!, values[i]!));
   return { ...score(token, row[token]!), alternatives };
+}
+
+/** llama.cpp's number for tokens that are no text. */
+const controlType = 3;
+
+/** Control tokens are found in prompts by their texts, but not in what messages say. */
+function vocabularyOf(model: Model) {
+  const { tokens = [], token_type: types = [] } = model.fileInfo.metadata.tokenizer?.ggml ?? {};
+  const added = tokens.map((content, id) => ({ id, content, special: types[id] === controlType }));
+  return {
+    file: { added: added.filter(({ special }) => special) },
+    encode: (text: string) => Int32Array.from(model.tokenize(text, true)),
+  };
 }
 
 /** The text of tokens as they come; a character that is not complete is waited for. */

@@ -27,6 +27,7 @@ import {
   unable,
 } from '../provider.ts';
 import { choiceMask } from './choices.ts';
+import { fingerprint } from './fingerprint.ts';
 
 export interface LocalOptions {
   readonly model: LanguageModel;
@@ -270,6 +271,7 @@ export async function openLocalProvider(checkpoint: string, options: LocalFolder
     });
     return {
       ...provider,
+      name: `${provider.name}@${await fingerprint(folder, template?.source)}`,
       async dispose() {
         await provider.dispose();
         model.dispose();

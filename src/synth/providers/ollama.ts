@@ -11,9 +11,9 @@ import {
   type Provider,
   ProviderError,
   type Reply,
-  type TokenScore,
 } from '../provider.ts';
-import { broken, type HttpOptions, httpClient } from './http.ts';
+import { type HttpOptions, httpClient } from './http.ts';
+import { type ChatToken, tokenScore } from './openai.ts';
 
 export interface OllamaOptions extends Omit<HttpOptions, 'url'> {
   /** Address of the server. Default `http://127.0.0.1:11434`. */
@@ -34,8 +34,7 @@ interface Answer {
   done_reason?: string;
   prompt_eval_count?: number;
   eval_count?: number;
-  error?: string;
-  logprobs?: { token: string; logprob: number; top_logprobs?: { token: string; logprob: number }[] }[];
+  logprobs?: ChatToken[];
 }
 
 /** A model behind an Ollama server. */
@@ -79,34 +78,17 @@ export function ollamaProvider(options: OllamaOptions): Provider {
   };
 
   const ask = async (path: string, body: Record<string, unknown>, call: CompletionOptions): Promise<Reply> => {
-    let answers: Answer[] = [];
-    if (!stream) answers = [(await client.json(path, body, call.signal)) as Answer];
-    else {
-      const handler = {
-        again: () => {
-          answers = [];
-        },
-        line(line: string) {
-          if (line.trim() === '') return;
-          let part: Answer;
-          try {
-            part = JSON.parse(line) as Answer;
-          } catch (cause) {
-            throw broken(url, 'ERR_ANSWER', `sent a line that is not JSON: ${line.slice(0, 100)}`, cause);
-          }
-          if (part.error !== undefined) throw broken(url, 'ERR_ANSWER', `stopped with an error: ${part.error}`, undefined);
-          answers.push(part);
-          const text = part.response ?? part.message?.content ?? '';
-          if (text !== '') call.onText?.(text);
-        },
-        end() {
-          if (!answers.at(-1)?.done) throw broken(url, 'ERR_STREAM', 'ended its stream in the middle', undefined);
-        },
-      };
-      await client.lines(path, body, handler, call.signal);
-    }
+    const piece = ({ response, message }: Answer): string | undefined => response ?? message?.content;
+    const reader = {
+      text: (part: Answer) => piece(part) ?? '',
+      isLast: ({ done }: Answer) => done === true,
+      onText: call.onText,
+    };
+    const answers = stream
+      ? await client.parts<Answer>(path, body, reader, call.signal)
+      : [(await client.json(path, body, call.signal)) as Answer];
     const last = answers.at(-1)!;
-    const pieces = answers.map((answer) => answer.response ?? answer.message?.content);
+    const pieces = answers.map(piece);
     if (pieces.every((piece) => piece === undefined)) {
       throw new ProviderError(`${url}/${path} answered without a text: ${JSON.stringify(last).slice(0, 200)}`, {
         code: 'ERR_ANSWER',
@@ -114,13 +96,7 @@ export function ollamaProvider(options: OllamaOptions): Provider {
       });
     }
     const text = pieces.join('');
-    const tokens: TokenScore[] = answers.flatMap((answer) =>
-      (answer.logprobs ?? []).map(({ token, logprob, top_logprobs = [] }) => ({
-        text: token,
-        logProbability: logprob,
-        alternatives: top_logprobs.map((top) => ({ text: top.token, logProbability: top.logprob })),
-      })),
-    );
+    const tokens = answers.flatMap(({ logprobs = [] }) => logprobs.map(tokenScore));
     const usage = { promptTokens: last.prompt_eval_count ?? 0, completionTokens: last.eval_count ?? 0 };
     count(meter, usage);
     const completion: Reply = {

@@ -18,6 +18,8 @@ export interface ProviderSpec {
   readonly dialect?: OpenAIOptions['dialect'];
   /** Calls at work at once. */
   readonly concurrency?: number;
+  /** Most tokens of a prompt and its answer, of a .gguf file. Default 2048, or what the model was trained for if that is less. */
+  readonly context?: number;
   /** Threads of a model in this process. Default: of ours all cores, of a .gguf file all but one. */
   readonly threads?: number;
   /** Chat template of a local model: the name of a style, or Jinja source. Default: the model's own. */
@@ -28,7 +30,7 @@ export interface ProviderSpec {
 
 /** Opens a provider. @throws ConfigError, FormatError */
 export async function openProvider(spec: ProviderSpec): Promise<Provider> {
-  const { provider, model, concurrency, dialect, reuse, template, threads } = spec;
+  const { provider, model, concurrency, context, dialect, reuse, template, threads } = spec;
   const key = spec.key ?? process.env.LIMBECK_API_KEY;
   const common = { ...(concurrency === undefined ? {} : { concurrency }), ...(key === undefined ? {} : { key }) };
   if (/^https?:\/\//.test(provider)) {
@@ -47,6 +49,7 @@ export async function openProvider(spec: ProviderSpec): Promise<Provider> {
     return openLlamaProvider({
       file: provider,
       ...(concurrency === undefined ? {} : { sequences: concurrency }),
+      ...(context === undefined ? {} : { context }),
       ...(threads === undefined ? {} : { threads }),
       ...(template === undefined ? {} : { template }),
     });

@@ -15,7 +15,7 @@ import {
   type TokenScore,
   type Usage,
 } from '../provider.ts';
-import { broken, type HttpOptions, httpClient } from './http.ts';
+import { type HttpOptions, httpClient } from './http.ts';
 
 export interface OpenAIOptions extends HttpOptions {
   readonly model: string;
@@ -30,6 +30,13 @@ export interface OpenAIOptions extends HttpOptions {
   readonly stream?: boolean;
 }
 
+/** A token with its log-probability, as chats of OpenAI's protocol and Ollama tell it. */
+export interface ChatToken {
+  readonly token: string;
+  readonly logprob: number;
+  readonly top_logprobs?: readonly { readonly token: string; readonly logprob: number }[];
+}
+
 interface Choice {
   text?: string;
   message?: { content?: string | null };
@@ -39,14 +46,13 @@ interface Choice {
     tokens?: string[];
     token_logprobs?: (number | null)[];
     top_logprobs?: (Record<string, number> | null)[] | null;
-    content?: { token: string; logprob: number; top_logprobs?: { token: string; logprob: number }[] }[] | null;
+    content?: ChatToken[] | null;
   } | null;
 }
 
 interface Answer {
   choices?: Choice[];
   usage?: { prompt_tokens?: number; completion_tokens?: number } | null;
-  error?: { message?: string };
 }
 
 /** A model behind a server of OpenAI's protocol. */
@@ -114,38 +120,9 @@ export function openaiProvider(options: OpenAIOptions): Provider {
       count(meter, completion.usage);
       return completion;
     }
-    let parts: Answer[] = [];
-    let done = false;
-    const handler = {
-      again: () => {
-        parts = [];
-        done = false;
-      },
-      line(line: string) {
-        if (!line.startsWith('data:')) return;
-        const data = line.slice(5).trim();
-        if (data === '[DONE]') {
-          done = true;
-          return;
-        }
-        let part: Answer;
-        try {
-          part = JSON.parse(data) as Answer;
-        } catch (cause) {
-          throw broken(options.url, 'ERR_ANSWER', `sent an event that is not JSON: ${data.slice(0, 100)}`, cause);
-        }
-        if (part.error) throw broken(options.url, 'ERR_ANSWER', `stopped with an error: ${part.error.message}`, undefined);
-        parts.push(part);
-        const piece = part.choices?.[0];
-        const text = piece?.text ?? piece?.delta?.content ?? '';
-        if (text !== '') call.onText?.(text);
-      },
-      end() {
-        const finished = parts.some((part) => part.choices?.[0]?.finish_reason);
-        if (!done && !finished) throw broken(options.url, 'ERR_STREAM', 'ended its stream in the middle', undefined);
-      },
-    };
-    await client.lines(path, body, handler, call.signal);
+    const text = ({ choices }: Answer): string => choices?.[0]?.text ?? choices?.[0]?.delta?.content ?? '';
+    const isLast = ({ choices }: Answer): boolean => Boolean(choices?.[0]?.finish_reason);
+    const parts = await client.parts<Answer>(path, body, { text, isLast, onText: call.onText }, call.signal);
     const completion = read(path, joined(parts));
     count(meter, completion.usage);
     return completion;
@@ -221,13 +198,14 @@ function usageOf({ usage }: Answer): Usage {
   return { promptTokens: usage?.prompt_tokens ?? 0, completionTokens: usage?.completion_tokens ?? 0 };
 }
 
+export function tokenScore({ token, logprob, top_logprobs = [] }: ChatToken): TokenScore {
+  const alternatives = top_logprobs.map((top) => ({ text: top.token, logProbability: top.logprob }));
+  return { text: token, logProbability: logprob, alternatives };
+}
+
 function scoresOf({ logprobs }: Choice): TokenScore[] | undefined {
   if (logprobs?.content) {
-    return logprobs.content.map(({ token, logprob, top_logprobs = [] }) => ({
-      text: token,
-      logProbability: logprob,
-      alternatives: top_logprobs.map((top) => ({ text: top.token, logProbability: top.logprob })),
-    }));
+    return logprobs.content.map(tokenScore);
   }
   return logprobs?.tokens?.map((text, i) => ({
     text,
