@@ -128,7 +128,16 @@ async function answer(
 /** What the caller can mend is his (400), all else is ours (500). */
 function faultOf(error: unknown): { status: number; parameter: string | null } {
   if (error instanceof HttpFault) return error;
-  const theirs = ['ERR_CONTEXT', 'ERR_EMPTY', 'ERR_CONFIG', 'ERR_UNABLE', 'ERR_TEMPLATE', 'ERR_MESSAGE', 'ERR_SEED'];
+  const theirs = [
+    'ERR_CONTEXT',
+    'ERR_EMPTY',
+    'ERR_CONFIG',
+    'ERR_UNABLE',
+    'ERR_TEMPLATE',
+    'ERR_MESSAGE',
+    'ERR_SEED',
+    'ERR_TOKEN_RANGE',
+  ];
   if (LimbeckError.is(error) && theirs.includes(error.code)) return { status: 400, parameter: error.argument ?? null };
   return { status: 500, parameter: null };
 }
