@@ -15,26 +15,43 @@ constexpr int kBlockBytes = 32;
 constexpr int kProductRows = 16, kProductWarps = 8;
 constexpr int kAhead = 4;  // blocks that are on their way at once
 
-// A byte of the bf16 of four NF4 values: tables for __byte_perm, which looks four codes up at once.
-LIMBECK_EVERYWHERE constexpr uint32_t nf4_bytes(int first, int byte) {
+// A byte of four NF4 values, as float32 or rounded to bf16 in the upper half: tables for __byte_perm, which looks four codes up at once. An
+// array that is indexed by a code would lie in memory.
+LIMBECK_EVERYWHERE constexpr uint32_t nf4_bytes(int first, int byte, bool rounded) {
   uint32_t bytes = 0;
   for (int i = 0; i < 4; ++i) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, nf4_value(first + i));
-    bytes |= ((bits + 0x7fff + (bits >> 16 & 1)) >> (16 + 8 * byte) & 0xff) << 8 * i;
+    bytes |= ((rounded ? bits + 0x7fff + (bits >> 16 & 1) : bits) >> 8 * byte & 0xff) << 8 * i;
   }
   return bytes;
 }
-template <int First, int Byte>
-constexpr uint32_t kNf4Bytes = nf4_bytes(First, Byte);
+template <int First, int Byte, bool Rounded>
+constexpr uint32_t kNf4Bytes = nf4_bytes(First, Byte, Rounded);
+
+// That byte of the values of four codes: from either half of the table by three bits of each code; the fourth says which.
+template <int Byte, bool Rounded>
+__device__ __forceinline__ uint32_t nf4_look_up(uint32_t codes) {
+  const uint32_t which = codes & 0x7777, half = (codes >> 1 & 0x4444) | 0x3210;
+  return __byte_perm(__byte_perm(kNf4Bytes<0, Byte, Rounded>, kNf4Bytes<4, Byte, Rounded>, which),
+                     __byte_perm(kNf4Bytes<8, Byte, Rounded>, kNf4Bytes<12, Byte, Rounded>, which), half);
+}
+
+// The values of four codes of 4 bits, the lowest first.
+__device__ __forceinline__ void nf4_values(uint32_t codes, float* values) {
+  const uint32_t bytes[4] = {nf4_look_up<0, false>(codes), nf4_look_up<1, false>(codes), nf4_look_up<2, false>(codes), nf4_look_up<3, false>(codes)};
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t pairs = i == 0 ? 0x5140 : 0x7362, low = __byte_perm(bytes[0], bytes[1], pairs), high = __byte_perm(bytes[2], bytes[3], pairs);
+    values[i] = __uint_as_float(__byte_perm(low, high, 0x5410));
+    values[i + 1] = __uint_as_float(__byte_perm(low, high, 0x7632));
+  }
+}
 
 // Four codes, the lowest first, as two pairs of bf16.
 template <int Bits>
 __device__ __forceinline__ void widen_codes(uint32_t codes, uint32_t (&pairs)[2]) {
   if constexpr (Bits == 4) {
-    // The lower half of the table and the upper one, by three bits of each code; the fourth says which.
-    const uint32_t which = codes & 0x7777, half = (codes >> 1 & 0x4444) | 0x3210;
-    const uint32_t low = __byte_perm(__byte_perm(kNf4Bytes<0, 0>, kNf4Bytes<4, 0>, which), __byte_perm(kNf4Bytes<8, 0>, kNf4Bytes<12, 0>, which), half);
-    const uint32_t high = __byte_perm(__byte_perm(kNf4Bytes<0, 1>, kNf4Bytes<4, 1>, which), __byte_perm(kNf4Bytes<8, 1>, kNf4Bytes<12, 1>, which), half);
+    const uint32_t low = nf4_look_up<2, true>(codes), high = nf4_look_up<3, true>(codes);
     pairs[0] = __byte_perm(low, high, 0x5140);
     pairs[1] = __byte_perm(low, high, 0x7362);
   } else {

@@ -203,11 +203,13 @@ struct Blocks {
     } else if constexpr (L::count == 8) {
       const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + at / 2);
       Floats<8> v;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = nf4_value(static_cast<int>(word >> 4 * j & 15u));
+      nf4_values(word, v.v);
+      nf4_values(word >> 16, v.v + 4);
       return v * scale;
     } else {
-      return Floats<1>{{nf4_value(codes[at / 2] >> at % 2 * 4 & 15)}} * scale;
+      float v[4];
+      nf4_values(codes[at / 2] >> at % 2 * 4, v);
+      return Floats<1>{{v[0]}} * scale;
     }
   }
 };
