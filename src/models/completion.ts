@@ -2,6 +2,7 @@
 import { join } from 'node:path';
 import { type Device, startFor } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
+import { encodePrompt } from '../tokenizer/sentinels.ts';
 import type { TokenDecoder, Tokenizer } from '../tokenizer/tokenizer.ts';
 import { parseGenerationConfig } from './defaults.ts';
 import { resolveCheckpoint } from './folder.ts';
@@ -17,7 +18,7 @@ import { type LanguageModel, type LoadOptions, loadModel } from './model.ts';
 import type { PrefixCache } from './prefix.ts';
 import { check } from './sampling.ts';
 
-/** A text, to be encoded with a begin token where the tokenizer has one, or ids, taken as they are. */
+/** A text, to be encoded with one begin token where the tokenizer begins texts, or ids, taken as they are. */
 export type Prompt = string | ArrayLike<number>;
 
 export interface TextOptions extends Omit<TokenOptions, 'until'> {
@@ -155,7 +156,7 @@ export function textRequest(
 }
 
 function requestOf(tokenizer: Tokenizer, prompt: Prompt, options: TextOptions, text: TextWriter): TokenRequest {
-  const ids = typeof prompt === 'string' ? tokenizer.encode(prompt, { bos: tokenizer.bos !== undefined }) : prompt;
+  const ids = typeof prompt === 'string' ? encodePrompt(tokenizer, prompt) : prompt;
   if (ids.length === 0) {
     throw new DataError('generate: the prompt is empty and no begin token is put before it; give some text', {
       ...{ code: 'ERR_EMPTY', op: 'generate', argument: 'prompt' },

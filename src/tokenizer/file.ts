@@ -54,6 +54,8 @@ export interface TokenizerFile {
   readonly ids: ReadonlyMap<string, number>;
   readonly added: readonly AddedToken[];
   readonly bos: number | undefined;
+  /** Whether `bos` goes before a text that is to be continued. */
+  readonly begins: boolean;
   readonly eos: number | undefined;
   readonly pad: number | undefined;
   readonly unk: number | undefined;
@@ -255,8 +257,10 @@ function namedTokens(json: Json, config: Json, ids: ReadonlyMap<string, number>,
   };
   const model = json.model as Json;
   const unk = typeof model.unk_token === 'string' ? ids.get(model.unk_token) : undefined;
+  const bos = fromConfig('bos_token') ?? (template.first === undefined ? undefined : ids.get(template.first)) ?? byName('bos');
   return {
-    bos: fromConfig('bos_token') ?? (template.first === undefined ? undefined : ids.get(template.first)) ?? byName('bos'),
+    bos,
+    begins: bos !== undefined && config.add_bos_token !== false,
     eos: fromConfig('eos_token') ?? (template.last === undefined ? undefined : ids.get(template.last)) ?? byName('eos'),
     pad: fromConfig('pad_token') ?? byName('pad'),
     unk: fromConfig('unk_token') ?? unk ?? byName('unk'),

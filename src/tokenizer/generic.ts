@@ -51,6 +51,7 @@ export function genericTokenizer(file: TokenizerFile): Tokenizer {
     eos: file.eos,
     pad: file.pad,
     unk: file.unk,
+    begins: file.begins,
     engine: 'generic',
     file,
     encode: (text, options = {}) => sentinels(file, options)(encode(text, options.special ?? true)),

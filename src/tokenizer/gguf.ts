@@ -217,6 +217,7 @@ export function tokenizerOfGguf(metadata: GgufMetadata, path: string): Tokenizer
     tokenizer_class: 'PreTrainedTokenizerFast',
     clean_up_tokenization_spaces: false,
     ...(bos !== undefined && { bos_token: bos }),
+    ...(addBos === false && { add_bos_token: false }),
     ...(eos !== undefined && { eos_token: eos }),
     ...(unk !== undefined && { unk_token: unk }),
     ...(pad !== undefined && { pad_token: pad }),

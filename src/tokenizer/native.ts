@@ -47,6 +47,7 @@ export function nativeTokenizer(file: TokenizerFile, plan: NativePlan): Tokenize
     eos: file.eos,
     pad: file.pad,
     unk: file.unk,
+    begins: file.begins,
     engine: 'native',
     file,
     encode(text, options = {}) {

@@ -1,7 +1,7 @@
 // The begin and end tokens around encoded text.
 
 import { ConfigError } from '../tensor/errors.ts';
-import type { EncodeOptions } from './tokenizer.ts';
+import type { EncodeOptions, Tokenizer } from './tokenizer.ts';
 
 /** Puts the tokens that `options` ask for around ids. @throws ConfigError `ERR_NO_TOKEN` where the vocabulary has no such token */
 export function sentinels(
@@ -19,6 +19,19 @@ export function sentinels(
     if (after !== undefined) all[all.length - 1] = after;
     return all;
   };
+}
+
+/**
+ * A text that a model is to continue: one begin token before it, where its tokenizer begins texts and this one does not bring it; alone where
+ * there is no text.
+ */
+export function encodePrompt(tokenizer: Tokenizer, text: string, ids = tokenizer.encode(text)): Int32Array {
+  const { begins, bos } = tokenizer;
+  if (bos === undefined || ids[0] === bos || (ids.length > 0 && !begins)) return ids;
+  const all = new Int32Array(ids.length + 1);
+  all[0] = bos;
+  all.set(ids, 1);
+  return all;
 }
 
 function named(id: number | undefined, name: 'bos' | 'eos'): number {

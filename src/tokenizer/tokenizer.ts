@@ -29,6 +29,8 @@ export interface Tokenizer {
   readonly eos: number | undefined;
   readonly pad: number | undefined;
   readonly unk: number | undefined;
+  /** Whether the begin token goes before a text that a model is to continue: there is one, and the file does not say `add_bos_token: false`. */
+  readonly begins: boolean;
   /** `native`: our own encoder; `generic`: `@huggingface/tokenizers`, for pipelines that the native one does not cover. */
   readonly engine: 'native' | 'generic';
   /** The tokenizer.json that it was made from. */

@@ -2,7 +2,15 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { complete, completions, generate, generateText, streamText, type TextOptions } from '../../src/models/completion.ts';
+import {
+  complete,
+  completions,
+  generate,
+  generateText,
+  streamText,
+  type TextOptions,
+  textRequest,
+} from '../../src/models/completion.ts';
 import type { DecoderConfig } from '../../src/models/decoder.ts';
 import { loadGenerationConfig } from '../../src/models/defaults.ts';
 import { type BatchOptions, generateTokens, type TokenRequest } from '../../src/models/generate.ts';
@@ -15,7 +23,7 @@ import { logSoftmax } from '../../src/ops/reduce.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad } from '../../src/tensor/tape.ts';
 import { readAs, tensor } from '../../src/tensor/tensor.ts';
-import type { Tokenizer } from '../../src/tokenizer/tokenizer.ts';
+import { type Tokenizer, tokenizerFromJson } from '../../src/tokenizer/tokenizer.ts';
 import { trainTokenizer } from '../../src/tokenizer/train.ts';
 
 let model: LanguageModel;
@@ -266,6 +274,19 @@ describe('texts', () => {
       expect(finish).toBe('aborted');
     const pieces = generateText(model, tokenizer, 'one', { signal: aborted.signal });
     await expect(pieces.next()).rejects.toBe(aborted.signal.reason);
+  });
+
+  test('one begin token, where the tokenizer begins texts', async () => {
+    const prompt = (tokenizer: Tokenizer, text: string) => [...(textRequest(tokenizer, text, {}).request.ids as Int32Array)];
+    const ids = [...tokenizer.encode('one')];
+    expect(prompt(tokenizer, 'one')).toEqual([tokenizer.bos, ...ids]);
+    expect(prompt(tokenizer, '<bos>one')).toEqual([tokenizer.bos, ...ids]);
+    const { text, configText } = tokenizer.file;
+    const config = { ...JSON.parse(configText ?? '{}'), add_bos_token: false };
+    const without = tokenizerFromJson(text, JSON.stringify(config));
+    expect([tokenizer.begins, without.begins, without.bos]).toEqual([true, false, tokenizer.bos]);
+    expect(prompt(without, 'one')).toEqual(ids);
+    expect(prompt(without, '')).toEqual([tokenizer.bos]);
   });
 
   test('an empty stop text and an empty prompt of ids are refused', async () => {

@@ -71,10 +71,12 @@ test('chat templates, ends of turns and ways to draw come with the file', async 
     'tokenizer.ggml.eot_token_id': u32(5),
     'general.sampling.temp': f32(Math.fround(0.6)),
     'general.sampling.top_k': { type: 'i32', value: 20 },
+    'tokenizer.ggml.add_bos_token': { type: 'bool', value: false },
   });
   const { model, tokenizer: own, defaults } = await loadGenerator({ checkpoint: one });
   model.dispose();
   expect(defaults).toEqual({ stopIds: [tokenizer.eos, 5], temperature: 0.6, topK: 20 });
+  expect([own.bos, own.begins, tokenizer.begins]).toEqual([tokenizer.bos, false, true]);
   const template = await loadChatTemplate(one, own);
   expect(template!.render([])).toBe('<bos>one');
   await expect(loadChatTemplate(one, own, 'tool_use')).rejects.toMatchObject({ code: 'ERR_TEMPLATE', argument: 'name' });

@@ -13,6 +13,7 @@ import { noGrad } from '../../tensor/tape.ts';
 import { readAs, tensor } from '../../tensor/tensor.ts';
 import { type ChatTemplate, chatTemplate, escapeMessages, loadChatTemplate } from '../../tokenizer/chat.ts';
 import { encodeEscaped } from '../../tokenizer/escape.ts';
+import { encodePrompt } from '../../tokenizer/sentinels.ts';
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 import {
   type Abilities,
@@ -108,8 +109,7 @@ export function localProvider(options: LocalOptions): Provider {
     const { choices, logProbabilities, signal } = call.options;
     const encoded = encodeEscaped(tokenizer, call.prompt);
     // A prompt may bring its begin token along; there must be one of it.
-    const begins = call.begin && tokenizer.bos !== undefined && encoded[0] !== tokenizer.bos;
-    const ids = begins ? Int32Array.of(tokenizer.bos, ...encoded) : encoded;
+    const ids = call.begin ? encodePrompt(tokenizer, call.prompt, encoded) : encoded;
     if (ids.length >= model.config.context) {
       throw new DataError(
         `generate: the prompt has ${ids.length} tokens, the model's context is ${model.config.context}; shorten the prompt`,
