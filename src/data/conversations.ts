@@ -52,13 +52,24 @@ export async function* conversations(
     onMalformed(record);
   };
   for await (const record of records(paths, report)) {
-    const { file, line } = record;
-    try {
-      yield { ...parseRow(record, options.format), file, line };
-    } catch (error) {
-      if (!(error instanceof RowError)) throw error;
-      report({ file, line, reason: error.message, field: error.field });
-    }
+    const conversation = conversationOf(record, options.format, report);
+    if (conversation !== undefined) yield conversation;
+  }
+}
+
+/** @internal The conversation of a record, or undefined where it cannot be used, which is reported. */
+export function conversationOf(
+  record: DataRecord,
+  format: ConversationFormat | undefined,
+  report: (record: Malformed) => void,
+): Conversation | undefined {
+  const { file, line } = record;
+  try {
+    return { ...parseRow(record, format), file, line };
+  } catch (error) {
+    if (!(error instanceof RowError)) throw error;
+    report({ file, line, reason: error.message, field: error.field });
+    return undefined;
   }
 }
 

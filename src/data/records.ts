@@ -3,6 +3,7 @@
 import { open, readFile } from 'node:fs/promises';
 import { FormatError } from '../tensor/errors.ts';
 import { linesOf, parseLine } from './jsonl.ts';
+import { parquetRows } from './parquet.ts';
 import { expandPaths, readError } from './paths.ts';
 import { checkUtf8, type Malformed } from './source.ts';
 
@@ -29,7 +30,7 @@ export async function* records(
   for (const file of await expandPaths(paths, endings)) {
     switch (await kindOf(file)) {
       case 'parquet':
-        yield* parquetRows(file);
+        yield* parquetRecords(file);
         break;
       case 'json':
         yield* jsonEntries(file, onMalformed);
@@ -75,6 +76,11 @@ async function* jsonEntries(file: string, onMalformed: (record: Malformed) => vo
   } catch (error) {
     throw readError(file, error);
   }
+  yield* entriesOf(bytes, file, onMalformed);
+}
+
+/** @internal Records of the bytes of a JSON file. */
+export function* entriesOf(bytes: Buffer, file: string, onMalformed: (record: Malformed) => void): Generator<DataRecord> {
   const text = String(checkUtf8(bytes, file, 0, 'error')).replace(/^\ufeff/, '');
   let list: unknown[];
   try {
@@ -114,31 +120,7 @@ export function entryLines(text: string): number[] {
   return lines;
 }
 
-// Rows of a Parquet file that are held at once.
-const rowsAtOnce = 4096;
-
-async function* parquetRows(file: string): AsyncGenerator<DataRecord> {
-  // Loaded at first use: most programs never need it.
-  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects } = await import('hyparquet');
-  const { compressors } = await import('hyparquet-compressors');
-  const guarded = async <T>(work: () => Promise<T>): Promise<T> => {
-    try {
-      return await work();
-    } catch (error) {
-      throw new FormatError(`data: ${file} cannot be read as Parquet: ${(error as Error).message}`, {
-        code: 'ERR_PARQUET',
-        op: 'data',
-        argument: file,
-        cause: error,
-      });
-    }
-  };
-  const buffer = await guarded(() => asyncBufferFromFile(file));
-  const metadata = await guarded(() => parquetMetadataAsync(buffer));
-  const total = Number(metadata.num_rows);
-  for (let rowStart = 0; rowStart < total; rowStart += rowsAtOnce) {
-    const rowEnd = Math.min(total, rowStart + rowsAtOnce);
-    const rows = await guarded(() => parquetReadObjects({ file: buffer, metadata, rowStart, rowEnd, compressors }));
-    for (const [i, value] of rows.entries()) yield { value, file, line: rowStart + i + 1 };
-  }
+async function* parquetRecords(file: string): AsyncGenerator<DataRecord> {
+  let line = 0;
+  for await (const value of parquetRows(file)) yield { value, file, line: ++line };
 }

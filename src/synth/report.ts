@@ -41,7 +41,7 @@ export async function reportOutput(output: string, path = join(output, 'report.h
   const last = stages.at(-1);
   if (last === undefined) {
     throw new FileError(
-      `report: ${output} holds no finished stage: manifest.json is missing; give the output folder of limbeck synth`,
+      `report: ${output} holds no finished stage: manifest.json is missing or damaged; give the output folder of limbeck synth`,
       {
         code: 'ERR_READ',
         op: 'report',

@@ -6,6 +6,13 @@ test.each([
   ['gguf', 4000],
   ['safetensors', 8000],
   ['tokenizer', 300],
+  ['rows', 500],
+  ['parquet', 300],
+  ['run', 300],
+  ['config', 500],
+  ['index', 300],
+  ['adapter', 200],
+  ['adapterweights', 200],
 ] as const)('%s: %d mutated files give an answer or a typed error, at once', async (target, inputs) => {
   const report = await fuzz(target, inputs, 20_261_127);
   expect(report.inputs).toBe(inputs);

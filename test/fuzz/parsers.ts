@@ -1,39 +1,162 @@
 // Mutated files against the parsers: whatever the bytes, an answer or a typed error, in little time and memory.
 //   npm run fuzz -- gguf --inputs 1000000 --seed 7
 
+import { writeFileSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
+import { type Conversation, conversationOf, conversations } from '../../src/data/conversations.ts';
+import { parseLine } from '../../src/data/jsonl.ts';
+import { type DataRecord, entriesOf } from '../../src/data/records.ts';
 import { parseGguf } from '../../src/io/gguf-header.ts';
 import { parseSafetensors } from '../../src/io/safetensors.ts';
+import { openWeights } from '../../src/io/sharded.ts';
+import { loadAdapter } from '../../src/models/adapter.ts';
 import { fromMetadata } from '../../src/models/ggufconfig.ts';
+import { type LanguageModel, loadConfig } from '../../src/models/model.ts';
+import { configFrom, modelSpec } from '../../src/models/registry.ts';
+import { countParameters } from '../../src/nn/parameters.ts';
 import { LimbeckError } from '../../src/tensor/errors.ts';
 import { randomBlock } from '../../src/tensor/random.ts';
 import { tokenizerOfGguf } from '../../src/tokenizer/gguf.ts';
 import { tokenizerFromJson } from '../../src/tokenizer/tokenizer.ts';
-import { safetensorsBytes, seeds } from './seeds.ts';
+import { loadRun, parseRun } from '../../src/train/config.ts';
+import { adapterBase, safetensorsBytes, seeds, writeAdapter, writeShards } from './seeds.ts';
 
-/** What reads the bytes of each kind of file; what it throws must be a LimbeckError. */
-const targets = {
-  gguf(bytes: Buffer, index: number): boolean {
-    const header = parseGguf('fuzz.gguf', bytes, bytes.length);
-    if (header === undefined) throw new Error('a whole file was not enough');
-    fromMetadata(header, 'fuzz.gguf', undefined);
-    // A tokenizer takes longer than all else together.
-    if (index % 8 === 0) tokenizerOfGguf(header.metadata, 'fuzz.gguf');
-    return true;
-  },
-  safetensors(bytes: Buffer): boolean {
-    // The bytes of tensors mean nothing to the parser.
-    parseSafetensors('fuzz.safetensors', bytes, 8 + bytes.length + safetensorsBytes);
-    return true;
-  },
-  tokenizer(bytes: Buffer): boolean {
-    tokenizerFromJson(bytes.toString('utf8')).encode('the people <eos> 12 ü');
-    return true;
-  },
-} as const;
+/** Rows of a data set in a file: those that can be used are conversations, the others are told. */
+async function rows(path: string): Promise<boolean> {
+  let used = 0;
+  let told = 0;
+  for await (const one of conversations(path, {}, () => told++)) used += checked(one);
+  return used > 0 && told === 0;
+}
 
-export type Target = keyof typeof targets;
+/** The same, from bytes. */
+function rowsOf(bytes: Buffer): boolean {
+  let used = 0;
+  let told = 0;
+  const tell = (): void => void told++;
+  const take = (record: DataRecord): void => {
+    const one = conversationOf(record, undefined, tell);
+    if (one !== undefined) used += checked(one);
+  };
+  if (/^\s*\[/.test(bytes.toString('latin1'))) for (const record of entriesOf(bytes, 'rows.json', tell)) take(record);
+  else {
+    for (const line of bytes.toString('latin1').split('\n')) {
+      const parsed = parseLine(Buffer.from(line, 'latin1'), 'error');
+      if (parsed === undefined) continue;
+      if ('reason' in parsed) tell();
+      else take({ value: parsed.value, file: 'rows.jsonl', line: 1 });
+    }
+  }
+  return used > 0 && told === 0;
+}
+
+function checked({ messages }: Conversation): number {
+  if (messages.at(-1)?.role !== 'assistant') throw new Error('a conversation without an answer');
+  return 1;
+}
+
+/** What JSON holds, or undefined: that it is none is for the readers of files to say. */
+function jsonOf(bytes: Buffer): unknown {
+  try {
+    return JSON.parse(bytes.toString('utf8'));
+  } catch {
+    return undefined;
+  }
+}
+
+// Files take most of the time: every so many inputs are read from one, the others from memory.
+const asFile = 32;
+
+/**
+ * What reads the bytes of each kind of file; what it throws must be a LimbeckError.
+ */
+const targets: Readonly<Record<keyof typeof seeds, Reader>> = {
+  gguf: {
+    read(bytes, index) {
+      const header = parseGguf('fuzz.gguf', bytes, bytes.length);
+      if (header === undefined) throw new Error('a whole file was not enough');
+      fromMetadata(header, 'fuzz.gguf', undefined);
+      // A tokenizer takes longer than all else together.
+      if (index % 8 === 0) tokenizerOfGguf(header.metadata, 'fuzz.gguf');
+      return true;
+    },
+  },
+  safetensors: {
+    read(bytes) {
+      // The bytes of tensors mean nothing to the parser.
+      parseSafetensors('fuzz.safetensors', bytes, 8 + bytes.length + safetensorsBytes);
+      return true;
+    },
+  },
+  tokenizer: {
+    read(bytes) {
+      tokenizerFromJson(bytes.toString('utf8')).encode('the people <eos> 12 ü');
+      return true;
+    },
+  },
+  rows: { file: 'rows.json', every: asFile, read: (bytes, _index, path) => (path === undefined ? rowsOf(bytes) : rows(path)) },
+  parquet: { file: 'rows.parquet', read: (_bytes, _index, path) => rows(path!) },
+  run: {
+    file: 'run.json',
+    every: asFile,
+    read(bytes, _index, path) {
+      if (path !== undefined) return loadRun(path).then(() => true);
+      parseRun(jsonOf(bytes));
+      return true;
+    },
+  },
+  config: {
+    file: 'config.json',
+    every: asFile,
+    async read(bytes, _index, path) {
+      const config = path === undefined ? configFrom(jsonOf(bytes), 'config.json') : await loadConfig(dirname(path));
+      countParameters(modelSpec(config));
+      return true;
+    },
+  },
+  index: {
+    file: 'model.safetensors.index.json',
+    prepare: writeShards,
+    async read(_bytes, _index, path) {
+      await (await openWeights(dirname(path!))).close();
+      return true;
+    },
+  },
+  // The configuration beside good weights, and the other way round.
+  adapter: adapter('adapter_config.json'),
+  adapterweights: adapter('adapter_model.safetensors'),
+};
+
+function adapter(file: string): Reader {
+  return {
+    file,
+    async prepare(folder) {
+      const base = adapterBase();
+      await writeAdapter(folder, base);
+      return base;
+    },
+    async read(_bytes, _index, path, base) {
+      (await loadAdapter(dirname(path!), base!)).dispose();
+      return true;
+    },
+  };
+}
+
+interface Reader {
+  /** The name of the file that the bytes are written to, for one of `every` inputs (default: of 1). Without it they never are. */
+  readonly file?: string;
+  readonly every?: number;
+  /** What lies beside it, and what the reader needs. */
+  prepare?(folder: string): Promise<LanguageModel | undefined>;
+  /** Whether the bytes were taken for a good file. @param path of the file, if any; @param prepared what `prepare` gave */
+  read(bytes: Buffer, index: number, path: string | undefined, prepared: LanguageModel | undefined): boolean | Promise<boolean>;
+}
+
+export type Target = keyof typeof seeds;
 
 export interface FuzzReport {
   readonly inputs: number;
@@ -51,26 +174,37 @@ export interface FuzzReport {
  * @throws Error with the seed and index of an input that gave neither an answer nor a LimbeckError.
  */
 export async function fuzz(target: Target, inputs: number, seed: number, first = 0): Promise<FuzzReport> {
-  const bases = await seeds[target]();
+  const { file, every = 1, prepare, read } = targets[target];
+  const folder = await mkdtemp(join(tmpdir(), 'limbeck-fuzz-'));
+  const path = join(folder, file ?? 'none');
+  const [bases, prepared] = [await seeds[target](), await prepare?.(folder)];
   const started = performance.now();
   const before = process.memoryUsage().rss;
   let [accepted, peak, slowest] = [0, before, { ms: 0, index: -1 }];
-  for (let index = first; index < first + inputs; index++) {
-    const bytes = mutated(bases, seed, index);
-    const from = performance.now();
-    try {
-      if (targets[target](bytes, index)) accepted++;
-    } catch (error) {
-      if (!LimbeckError.is(error)) {
-        const again = `npm run fuzz -- ${target} --seed ${seed} --first ${index} --inputs 1`;
-        throw new Error(`${target}, input ${index} of seed ${seed}: ${String(error)} (${again})`, { cause: error });
+  try {
+    for (let index = first; index < first + inputs; index++) {
+      const bytes = mutated(bases, seed, index);
+      const written = file !== undefined && index % every === 0;
+      if (written) writeFileSync(path, bytes);
+      const from = performance.now();
+      try {
+        const taken = read(bytes, index, written ? path : undefined, prepared);
+        if (typeof taken === 'boolean' ? taken : await taken) accepted++;
+      } catch (error) {
+        if (!LimbeckError.is(error)) {
+          const again = `npm run fuzz -- ${target} --seed ${seed} --first ${index} --inputs 1`;
+          throw new Error(`${target}, input ${index} of seed ${seed}: ${String(error)} (${again})`, { cause: error });
+        }
       }
+      const ms = performance.now() - from;
+      if (ms > slowest.ms) slowest = { ms, index };
+      if (index % 256 !== 0) continue;
+      peak = Math.max(peak, process.memoryUsage().rss);
+      await nextTurn(); // native objects are freed between turns of the event loop
     }
-    const ms = performance.now() - from;
-    if (ms > slowest.ms) slowest = { ms, index };
-    if (index % 256 !== 0) continue;
-    peak = Math.max(peak, process.memoryUsage().rss);
-    await nextTurn(); // native objects are freed between turns of the event loop
+  } finally {
+    prepared?.dispose();
+    await rm(folder, { recursive: true });
   }
   return { inputs, accepted, seconds: (performance.now() - started) / 1000, slowest, memory: peak - before };
 }
@@ -159,7 +293,7 @@ if (process.argv[1]?.endsWith('parsers.ts')) {
       first: { type: 'string', default: '0' },
     },
   });
-  for (const target of positionals.length > 0 ? (positionals as Target[]) : (Object.keys(targets) as Target[])) {
+  for (const target of positionals.length > 0 ? (positionals as Target[]) : (Object.keys(seeds) as Target[])) {
     const report = await fuzz(target, Number(values.inputs), Number(values.seed), Number(values.first));
     process.stdout.write(`${JSON.stringify({ target, ...report })}\n`);
   }
