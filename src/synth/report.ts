@@ -3,7 +3,7 @@
 
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
-import { FileError } from '../tensor/errors.ts';
+import { DataError, FileError } from '../tensor/errors.ts';
 import { count, significant } from '../train/format.ts';
 import { encode, pageHtml, style } from '../train/page.ts';
 import { readManifest, readRecords, type StageSummary } from './pipeline.ts';
@@ -21,14 +21,24 @@ export interface DatasetReportOptions {
   readonly time?: number;
 }
 
-/** Reads a data set once, counts it, and writes the report. @throws FileError, DataError */
+/** Reads a data set once, counts it, and writes the report. @throws FileError; DataError `ERR_MALFORMED` for records that are no conversations */
 export async function writeDatasetReport(
   path: string,
   records: AsyncIterable<InstructionRecord> | Iterable<InstructionRecord>,
   options: DatasetReportOptions = {},
 ): Promise<Survey> {
   const counter = surveyor();
-  for await (const record of records) counter.add(record);
+  let number = 0;
+  for await (const record of records) {
+    number++;
+    if (!Array.isArray(record?.messages)) {
+      throw new DataError(
+        `report: record ${number} has no messages; a report is of conversations, as magpie, tag, filter and judge write them`,
+        { code: 'ERR_MALFORMED', op: 'report', argument: 'messages', actual: String(number) },
+      );
+    }
+    counter.add(record);
+  }
   const survey = counter.done();
   const html = await renderDatasetReport(survey, options);
   await writeAtomic(path, (file) => file.writeFile(html));

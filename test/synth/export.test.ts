@@ -136,6 +136,16 @@ describe('the report', () => {
     expect(html.match(/<section/g)!.length).toBe(html.match(/<\/section>/g)!.length);
   });
 
+  test('records that are no conversations are refused, and no file is left', async () => {
+    const path = join(folder, 'none.html');
+    const documents = [...records, { text: 'of limbeck synth instruct' } as never];
+    await expect(writeDatasetReport(path, documents)).rejects.toMatchObject({
+      ...{ name: 'DataError', code: 'ERR_MALFORMED' },
+      message: expect.stringContaining(`record ${documents.length} has no messages`),
+    });
+    await expect(readFile(path)).rejects.toMatchObject({ code: 'ENOENT' });
+  });
+
   test('of a pipeline: what each stage refused, with one of each', async () => {
     for await (const _ of runPipeline(pipeline(recordsOf(records)).through(filter({ quality: 'good' })), { output: folder }))
       void 0;
