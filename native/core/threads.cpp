@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/pages.h"
 
 namespace limbeck {
 namespace {
@@ -42,11 +43,27 @@ bool spin(Ready&& ready) {
 struct Buffer {
   void* data = nullptr;
   size_t bytes = 0;
+  std::unique_ptr<Range> pages;  // owns the data of large buffers: huge pages, which packed matrices need to stream from cache
+
+  void allocate(size_t size) {
+    if (size >= kLarge) {
+      pages = reserve_pages(size);
+      pages->commit(size);
+      data = pages->base();
+    } else {
+      data = ::operator new(size, std::align_val_t{kLine});
+    }
+    bytes = size;
+  }
   void release() {
-    if (data) ::operator delete(data, std::align_val_t{kLine});
+    if (data && !pages) ::operator delete(data, std::align_val_t{kLine});
+    pages.reset();
     data = nullptr;
     bytes = 0;
   }
+
+ private:
+  static constexpr size_t kLarge = size_t{1} << 20;
 };
 
 struct alignas(kLine) Slots {
@@ -202,12 +219,11 @@ void* ThreadPool::scratch(int thread, size_t bytes, int slot) {
     b.release();
     const size_t size = (bytes + bytes / 4 + kLine - 1) / kLine * kLine;  // some room, so that slowly growing shapes settle soon
     try {
-      b.data = ::operator new(size, std::align_val_t{kLine});
+      b.allocate(size);
     } catch (const std::bad_alloc&) {
       throw Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY",
                   "thread pool: no memory for " + std::to_string(size) + " bytes of scratch space; use a smaller batch");
     }
-    b.bytes = size;
   }
   return b.data;
 }

@@ -26,8 +26,8 @@ class ThreadPool {
   }
 
   // At least `bytes` bytes, 64-byte aligned, private to `thread`, kept between calls (contents undefined). Slots are separate
-  // buffers: kernels use slot 0; gemm() packs into slots 1 and 2, so that it may run while a kernel holds slot 0.
-  static constexpr int kSlots = 3;
+  // buffers: kernels use slot 0; gemm() packs into slot 1, so that it may run while a kernel holds slot 0.
+  static constexpr int kSlots = 2;
   void* scratch(int thread, size_t bytes, int slot = 0);
 
  private:

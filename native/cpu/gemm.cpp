@@ -1,5 +1,7 @@
 #include "cpu/gemm.h"
 
+#include <vector>
+
 #include "cpu/blocks.h"
 #include "cpu/gate.h"
 #include "cpu/simd.h"
@@ -12,9 +14,10 @@
 #include <cblas.h>
 #endif
 
-// The product is cut as in Goto's scheme: B is packed once, by all threads, into slivers of NR columns; then each task packs
-// blocks of A (kept in its own L2) into strips of at most MR rows and multiplies strips by slivers in registers. An element of C is
-// always one chain of multiply-adds over each KC of k, in order, however the rest is cut: so the bits depend on k alone.
+// The product is cut as in Goto's scheme: a thread packs a panel of B into slivers of NR columns, then blocks of A into strips of at
+// most MR rows, and multiplies strips by slivers in registers. Both stay in its own L2: a panel that threads share would have to
+// travel between cores, which costs more than to pack it again. An element of C is always one chain of multiply-adds over each KC
+// of k, in order, however the rest is cut: so the bits depend on k alone.
 namespace limbeck::cpu::LIMBECK_ISA {
 namespace {
 
@@ -32,11 +35,12 @@ constexpr int64_t KC = 512, MC = 6 * MR;            // a block of A (MC x KC) st
 #else
 constexpr int64_t KC = 256, MC = 12 * MR;
 #endif
-constexpr int64_t kPanelFloats = int64_t{1} << 18;  // packed B, shared by all threads, passes through L2: 1 MB
-constexpr int64_t kWholeFloats = int64_t{1} << 20;  // for few rows a B of this size is one panel: fewer waits
+constexpr int64_t kPanelFloats = int64_t{1} << 18;  // a panel of B in L2: 1 MB
 constexpr int64_t kGroup = 8;                      // slivers packed by one task
 constexpr int64_t kSerialCols = 16 * NR;
-constexpr int kSlotA = 1, kSlotB = 2;
+constexpr int kSlot = 1;
+// Rows fetched before they are packed. Rows whose distance is a multiple of 4 KB share one set of L1, which has 8 ways or more.
+constexpr int64_t kPackAhead = 6;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t whole(int64_t n) { return ceil_div(n, W) * W; }
@@ -128,14 +132,13 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
         }
       }
     } else {
-      constexpr int64_t kAhead = 16;
       const int64_t step = strips.step();
       for (int64_t p = 0; p < depth; ++p) {
         const int64_t from = at + p * a.col_stride;
         for (int64_t s = 0; s < strips.count; ++s)
           for (int64_t l = 0; l < step; l += W) {
             const int64_t i = strips.at(s) + l;
-            source.fetch(from + i + kAhead * a.col_stride);
+            source.fetch(from + i + kPackAhead * a.col_stride);
             store(dst + (s * depth + p) * step + l, i + W <= rows ? source(from + i) : i < rows ? source.part(from + i, rows - i) : Vec{});
           }
       }
@@ -146,7 +149,7 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
 // B, with contiguous columns: its rows are read along, a few at a time.
 template <class Load>
 void pack_columns(Load source, int64_t at, int64_t stride, int64_t cols, int64_t depth, float* dst) {
-  constexpr int64_t kRows = 8, kAhead = 16;
+  constexpr int64_t kRows = 8;
   const Slivers slivers(cols);
   for (int64_t p0 = 0; p0 < depth; p0 += kRows) {
     const int64_t rows = least(kRows, depth - p0);
@@ -158,7 +161,7 @@ void pack_columns(Load source, int64_t at, int64_t stride, int64_t cols, int64_t
         for (int64_t p = 0; p < rows; ++p, from += stride, d += NR) {
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
-            source.fetch(from + v * W + kAhead * stride);
+            source.fetch(from + v * W + kPackAhead * stride);
             store(d + v * W, source(from + v * W));
           }
         }
@@ -229,13 +232,15 @@ struct Tile {
   const float* beside[TileHook::kBeside];  // what the hook will read at the same place; null for none
 };
 
-// A strip is [depth / W][R][W] if Along, else [depth][step]. C and what lies beside it are fetched on the way:
-// a few lines for each W steps, since many at once would hold up the loads of A and B.
+// A strip is [depth / W][R][W] if Along, else [depth][step]. It comes from L2, as B does where depth is large: both are fetched
+// some steps ahead. C and what lies beside it come from farther away: a few lines for each W steps, since many at once would hold up
+// the loads of A and B.
 template <int R, int V, bool Along>
 void multiply(int64_t depth, const float* a, int64_t step, const float* b, float* c, int64_t ldc, int64_t cols, const Tile& tile) {
   Vec acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+  constexpr int64_t kAhead = 8;
   const int64_t quick = R * W / depth + 1;
   int64_t fetched = 0;
   for (int64_t p = 0; p < depth; p += W) {
@@ -249,7 +254,12 @@ void multiply(int64_t depth, const float* a, int64_t step, const float* b, float
         if (x) fetch(x);
     }
     const float* const end = b + least(W, depth - p) * (V * W);
+    const float* ahead = a + (Along ? R * W : kAhead * step);
     for (; b != end; b += V * W) {
+      __builtin_prefetch(ahead);
+      ahead += Along ? W : step;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(b + (kAhead * V + v) * W);
       Vec x[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
@@ -353,6 +363,104 @@ struct Product {
 };
 
 constexpr int64_t kBlockFloats = MC / MR * whole(MR) * KC;
+
+// ---- Sharing out ----
+
+// C is cut into columns x rows tasks, each for one thread and with a panel of B of its own. Of all such cuts that keep the threads
+// equally busy, the one for which each of them packs least.
+struct Grid {
+  int64_t part, panel, columns, rows;  // a panel has at most so many floats, if a part of k and one sliver allow it
+  bool held;  // the threads take one panel after the other and keep it for whatever rows they get next
+
+  Grid(const Product& q, int threads) : part(part_of(q.k)), panel((q.a.up ? 2 : 1) * kPanelFloats) {
+    const int64_t slivers = ceil_div(q.n, NR), least_columns = ceil_div(q.n, panel / part / NR * NR);
+    const double work = 2. * static_cast<double>(q.m) * static_cast<double>(q.n) * static_cast<double>(q.k);
+    const int64_t workers = least(threads, static_cast<int64_t>(work / 2e6) + 1);
+    // An activation costs far more than a copy.
+    const double cost_a = q.a.up ? 4 : 1, cost_b = q.b.packed ? 0 : 1;
+    double lowest = 0;
+    columns = 0;
+    for (int64_t r = workers; r >= 1; --r) {
+      if (workers % r != 0 || r > q.m) continue;
+      const int64_t c = ceil_div(least_columns, workers / r) * (workers / r);
+      if (c > slivers && columns > 0) continue;
+      const double each = static_cast<double>(c * r) / static_cast<double>(workers);
+      const double packed = each * (cost_a * static_cast<double>(q.m) / static_cast<double>(r) + cost_b * static_cast<double>(q.n) / static_cast<double>(c));
+      if (columns > 0 && packed >= lowest) continue;
+      lowest = packed;
+      columns = least(c, slivers);
+      rows = r;
+    }
+    held = rows == workers;
+    if (held) rows = least(q.m, ceil_div(ceil_div(q.m, MC), workers) * workers);
+  }
+};
+
+// What a task multiplies: columns [j0, j0 + cols) of B and `deep` rows of it from d0, a panel in parts.
+struct Panel {
+  int64_t j0, cols, d0, deep, part;
+
+  int64_t depth(int64_t p) const { return least(part, deep - p); }
+  int64_t at(int64_t p) const { return p * whole(cols); }
+};
+
+// A thread's own block of A and panel of B.
+struct Packs {
+  float *block, *panel;
+
+  Packs(ThreadPool& threads, int thread, int64_t panel_floats)
+      : block(static_cast<float*>(threads.scratch(thread, static_cast<size_t>(kBlockFloats + panel_floats) * 4, kSlot))), panel(block + kBlockFloats) {}
+};
+
+void pack(const Product& q, const Panel& x, float* to) {
+  for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), x.j0, x.cols, to + x.at(p));
+}
+
+// Rows [i0, i1), at most MC, by a packed panel.
+void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t i0, int64_t i1, int thread) {
+  for (int64_t p = 0; p < x.deep; p += x.part) {
+    const int64_t depth = x.depth(p);
+    const float* const b = q.b.packed ? static_cast<const float*>(q.b.data) + (x.d0 + p) * whole(q.n) + x.j0 * depth : packs.panel + x.at(p);
+    pack_a(q.a, i0, i1 - i0, x.d0 + p, depth, packs.block);
+    q.block(packs.block, i0, i1 - i0, b, x.j0, x.cols, 0, ceil_div(x.cols, NR), x.d0 + p, depth, thread);
+  }
+}
+
+void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
+  const int64_t slivers = ceil_div(q.n, NR), widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
+  const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part;
+  const int64_t floats = q.b.packed ? 0 : least(deepest, q.k) * widest;
+  std::vector<int64_t> holds(static_cast<size_t>(threads.size()), 0);  // the number of the panel that a thread holds
+  int64_t number = 0;
+  for (int64_t c = 0; c < grid.columns; ++c) {
+    const int64_t j0 = slivers * c / grid.columns * NR, cols = least(q.n, slivers * (c + 1) / grid.columns * NR) - j0;
+    for (int64_t d0 = 0; d0 < q.k; d0 += deepest) {
+      const Panel panel{j0, cols, d0, least(deepest, q.k - d0), grid.part};
+      ++number;
+      threads.parallel(grid.rows, [&](int64_t r, int thread) {
+        const Packs packs(threads, thread, floats);
+        if (!q.b.packed && holds[static_cast<size_t>(thread)] != number) pack(q, panel, packs.panel);
+        holds[static_cast<size_t>(thread)] = number;
+        multiply_rows(q, panel, packs, q.m * r / grid.rows, q.m * (r + 1) / grid.rows, thread);
+      });
+    }
+  }
+}
+
+void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
+  const int64_t slivers = ceil_div(q.n, NR), floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
+  threads.parallel(grid.columns * grid.rows, [&](int64_t task, int thread) {
+    const int64_t c = task / grid.rows, r = task % grid.rows;
+    const int64_t j0 = slivers * c / grid.columns * NR, cols = least(q.n, slivers * (c + 1) / grid.columns * NR) - j0;
+    const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, MC);
+    const Packs packs(threads, thread, floats);
+    for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
+      const Panel panel{j0, cols, d0, least(grid.part, q.k - d0), grid.part};
+      if (!q.b.packed) pack(q, panel, packs.panel);
+      for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks, thread);
+    }
+  });
+}
 
 // ---- Few rows: nothing is worth packing, so B streams past once ----
 
@@ -525,7 +633,7 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   if (is_few(product)) {
     int64_t lda;
     const bool copy = !is_plain(a);
-    const float* rows = rows_of_a(product, copy ? static_cast<float*>(threads.scratch(0, static_cast<size_t>(m * k + W) * 4, kSlotA)) : nullptr, lda);
+    const float* rows = rows_of_a(product, copy ? static_cast<float*>(threads.scratch(0, static_cast<size_t>(m * k + W) * 4, kSlot)) : nullptr, lda);
     // A task reads some 64 KB of B; dot products can be cut finer, so that few columns still share out evenly.
     const int64_t unit = b.row_stride == 1 ? NR : 2 * NR;
     const int64_t width = ceil_div(least(n, (int64_t{1} << 14) / k + 1), unit) * unit;
@@ -541,43 +649,9 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   if (vendor(product)) return;
 #endif
 
-  // The panel takes all columns if it can, else an even share; then as many parts of k as there is room for.
-  // An activation is made once for each panel of columns: fewer and larger panels then.
-  const int64_t part = part_of(k), floats = a.up ? 8 * kPanelFloats : m <= 2 * MC && whole(n) * k <= kWholeFloats ? kWholeFloats : kPanelFloats;
-  const int64_t most = floats / part;
-  const int64_t panel_cols = ceil_div(ceil_div(n, ceil_div(n, most)), NR) * NR;
-  const int64_t depth_max = least(ceil_div(k, part), floats / (part * panel_cols) > 1 ? floats / (part * panel_cols) : 1) * part;
-  float* const buffer = b.packed ? nullptr : static_cast<float*>(threads.scratch(0, static_cast<size_t>(panel_cols * depth_max) * 4, kSlotB));
-
-  for (int64_t j0 = 0; j0 < n; j0 += panel_cols) {
-    const int64_t cols = least(panel_cols, n - j0), slivers = ceil_div(cols, NR);
-    // Tasks: blocks of rows, an equal number for each thread while they are few. Where there are fewer than threads, blocks of
-    // columns too (each packs its rows of A again), and at last shorter blocks of rows, which waste the micro-kernel.
-    const double work = 2. * static_cast<double>(m) * static_cast<double>(cols) * static_cast<double>(k);
-    const int64_t want = least(threads.size(), static_cast<int64_t>(work / 2e6) + 1);
-    int64_t row_blocks = ceil_div(m, MC), col_blocks = 1;
-    if (row_blocks < want) col_blocks = least(ceil_div(want, row_blocks), ceil_div(slivers, 2));
-    if (row_blocks * col_blocks < want) row_blocks = least(ceil_div(want, col_blocks), ceil_div(m, 4 * MR));
-    if (row_blocks > 1 && row_blocks * col_blocks % threads.size() != 0 && row_blocks * col_blocks < 16 * threads.size())
-      row_blocks = least(m, ceil_div(row_blocks, threads.size()) * threads.size());
-
-    for (int64_t d0 = 0; d0 < k; d0 += depth_max) {
-      const int64_t deep = least(depth_max, k - d0);
-      if (!b.packed) pack_panel(threads, b, d0, deep, part, j0, cols, buffer);
-      threads.parallel(row_blocks * col_blocks, [&](int64_t task, int thread) {
-        const int64_t rb = task / col_blocks, cb = task % col_blocks;
-        const int64_t i0 = m * rb / row_blocks, i1 = m * (rb + 1) / row_blocks;
-        const int64_t s0 = slivers * cb / col_blocks, s1 = slivers * (cb + 1) / col_blocks;
-        float* const strips = static_cast<float*>(threads.scratch(thread, kBlockFloats * 4, kSlotA));
-        for (int64_t p = 0; p < deep; p += part) {
-          const int64_t depth = least(part, deep - p);
-          pack_a(a, i0, i1 - i0, d0 + p, depth, strips);
-          const float* const b_part = b.packed ? static_cast<const float*>(b.data) + (d0 + p) * whole(n) + j0 * depth : buffer + p * whole(cols);
-          product.block(strips, i0, i1 - i0, b_part, j0, cols, s0, s1, d0 + p, depth, thread);
-        }
-      });
-    }
-  }
+  const Grid grid(product, threads.size());
+  if (grid.held) by_rows(threads, product, grid);
+  else by_columns(threads, product, grid);
 }
 
 size_t gemm_scratch_bytes() { return static_cast<size_t>(kBlockFloats + 64 + KC * kSerialCols) * 4; }
