@@ -63,7 +63,7 @@ struct Buffer {
   }
 
  private:
-  static constexpr size_t kLarge = size_t{1} << 20;
+  static constexpr size_t kLarge = size_t{1} << 18;
 };
 
 struct alignas(kLine) Slots {

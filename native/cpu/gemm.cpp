@@ -36,7 +36,6 @@ constexpr int64_t KC = 512, MC = 6 * MR;            // a block of A (MC x KC) st
 constexpr int64_t KC = 256, MC = 12 * MR;
 #endif
 constexpr int64_t kPanelFloats = int64_t{1} << 18;  // a panel of B in L2: 1 MB
-constexpr int64_t kGroup = 8;                      // slivers packed by one task
 constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlot = 1;
 // Rows fetched before they are packed. Rows whose distance is a multiple of 4 KB share one set of L1, which has 8 ways or more.
@@ -211,15 +210,6 @@ void pack_b(const Matrix& b, int64_t p0, int64_t depth, int64_t j0, int64_t cols
   with_loader(b, [&](auto source) {
     if (b.col_stride == 1) pack_columns(source, at, b.row_stride, cols, depth, dst);
     else pack_depth(source, at, b.col_stride, cols, depth, dst);
-  });
-}
-
-// Columns [j0, j0 + cols) and `deep` rows from p0, in parts.
-void pack_panel(ThreadPool& threads, const Matrix& b, int64_t p0, int64_t deep, int64_t part, int64_t j0, int64_t cols, float* panel) {
-  const int64_t parts = ceil_div(deep, part), groups = ceil_div(cols, kGroup * NR);
-  threads.parallel(parts * groups, [&](int64_t task, int) {
-    const int64_t p = task / groups * part, depth = least(part, deep - p), j = task % groups * (kGroup * NR);
-    pack_b(b, p0 + p, depth, j0 + j, least(kGroup * NR, cols - j), panel + p * whole(cols) + j * depth);
   });
 }
 
@@ -623,7 +613,14 @@ bool vendor(const Product& q) {
 }  // namespace
 
 Packed::Packed(int64_t k, int64_t n) : k(k), n(n), part(k > 0 ? part_of(k) : 1) {}
-void Packed::pack(ThreadPool& threads, Matrix b, float* to) const { pack_panel(threads, b, 0, k, part, 0, n, to); }
+void Packed::pack(ThreadPool& threads, Matrix b, float* to) const {
+  constexpr int64_t kCols = 8 * NR;  // of one task
+  const int64_t groups = ceil_div(n, kCols);
+  threads.parallel(ceil_div(k, part) * groups, [&](int64_t task, int) {
+    const int64_t p = task / groups * part, depth = least(part, k - p), j = task % groups * kCols;
+    pack_b(b, p, depth, j, least(kCols, n - j), to + p * whole(n) + j * depth);
+  });
+}
 
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
   if (m <= 0 || n <= 0) return;
