@@ -15,6 +15,9 @@ export default defineConfig({
           include: everywhere,
           env: { LIMBECK_TEST_DEVICE: 'emulated' },
           testTimeout: 120_000,
+          // The emulator computes on one thread, the CPU's tests on all: those go first, a file at a time.
+          maxWorkers: 2,
+          sequence: { groupOrder: 1 },
           ...common,
         },
       },
