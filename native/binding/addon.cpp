@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/error.h"
 #include "binding/library.h"
 #include "core/cpuid.h"
 #include "core/engine.h"
@@ -26,19 +27,6 @@ constexpr size_t kIoSlots = 256;
 // After a call, each output takes this many slots of the shared array: handle, dtype, rank, dims.
 constexpr size_t kOutputSlots = 3 + kMaxRank;
 
-constexpr const char* kKinds[] = {"shape", "dtype", "memory", "device", "config", "format", "data", "disposed", "internal"};
-
-Napi::Value to_js(Napi::Env env, const Error& e) {
-  Napi::Object error = Napi::Error::New(env, e.what()).Value();
-  error.Set("kind", kKinds[static_cast<size_t>(e.kind)]);
-  error.Set("code", e.code);
-  if (!e.op.empty()) error.Set("op", e.op);
-  if (!e.argument.empty()) error.Set("argument", e.argument);
-  if (!e.expected.empty()) error.Set("expected", e.expected);
-  if (!e.actual.empty()) error.Set("actual", e.actual);
-  return error;
-}
-
 // Runs `body`; whatever it throws becomes a pending JavaScript exception.
 template <class Body>
 napi_value guard(napi_env env, Body&& body) {
@@ -47,11 +35,11 @@ napi_value guard(napi_env env, Body&& body) {
   } catch (const Napi::Error& e) {
     e.ThrowAsJavaScriptException();
   } catch (const Error& e) {
-    napi_throw(env, to_js(env, e));
+    napi_throw(env, to_js_error(env, e).Value());
   } catch (const std::bad_alloc&) {
-    napi_throw(env, to_js(env, Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY", "limbeck: the system has no memory left")));
+    napi_throw(env, to_js_error(env, Error(ErrorKind::memory, "ERR_OUT_OF_MEMORY", "limbeck: the system has no memory left")).Value());
   } catch (const std::exception& e) {
-    napi_throw(env, to_js(env, Error(ErrorKind::internal, "ERR_INTERNAL", e.what())));
+    napi_throw(env, to_js_error(env, Error(ErrorKind::internal, "ERR_INTERNAL", e.what())).Value());
   }
   return nullptr;
 }
@@ -332,7 +320,7 @@ void settle(napi_env env, napi_value, void*, void* data) {
   }
   if (p->fault) {
     if (me.engines[p->device]) me.engines[p->device]->clear_fault();
-    napi_reject_deferred(env, p->deferred, to_js(env, *p->fault));
+    napi_reject_deferred(env, p->deferred, to_js_error(env, *p->fault).Value());
   } else {
     napi_resolve_deferred(env, p->deferred, value);
   }

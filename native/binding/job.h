@@ -6,16 +6,9 @@
 #include <memory>
 #include <utility>
 
-#include "core/error.h"
+#include "binding/error.h"
 
 namespace limbeck {
-
-inline Napi::Error to_js_error(Napi::Env env, const Error& e) {
-  Napi::Error error = Napi::Error::New(env, e.what());
-  error.Set("kind", Napi::String::New(env, e.kind == ErrorKind::format ? "format" : e.kind == ErrorKind::data ? "data" : e.kind == ErrorKind::memory ? "memory" : "internal"));
-  error.Set("code", Napi::String::New(env, e.code));
-  return error;
-}
 
 // Runs `body`; what it throws becomes a JavaScript exception that the typed layer can rebuild.
 template <class Body>

@@ -8,40 +8,11 @@
 
 namespace limbeck::cpu::LIMBECK_ISA {
 
-// rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]: cosines, then sines; angles in float64.
-static void rope_table(const Call& call) {
+// Cosines, then sines, times `magnitude`; angles in float64.
+template <class F>
+static void fill_table(const Call& call, const F* frequency, double magnitude) {
   const int32_t* positions = call.in[0].as<int32_t>();
   const int64_t d = call.out[0].cols(), half = d / 2;
-  check_even_head(call, d, "d");
-  const RopeScaling scaling{call.scalar[2], call.scalar[3], call.scalar[4], call.scalar[5]};
-  double* frequency = static_cast<double*>(call.workspace);
-  for (int64_t i = 0; i < half; ++i) frequency[i] = rope_frequency(i, d, call.scalar[1], scaling);
-  float* table = call.out[0].as<float>();
-  if (!table) return;
-  for_chunks(call, call.in[0].size(), 64, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      float* to = table + row * d;
-      for (int64_t i = 0; i < half; ++i) {
-        const double angle = positions[row] * frequency[i];
-        to[i] = static_cast<float>(::cos(angle));
-        to[half + i] = static_cast<float>(::sin(angle));
-      }
-    }
-  });
-}
-
-static size_t rope_table_bytes(const Call& call) {
-  return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
-}
-
-// rope_angles(positions[*]:i32, frequencies[d]:f32, magnitude) -> table[* d]:f32: the same by given frequencies, of which those of the
-// first half count.
-static void rope_angles(const Call& call) {
-  const int32_t* positions = call.in[0].as<int32_t>();
-  const int64_t d = call.out[0].cols(), half = d / 2;
-  check_even_head(call, d, "frequencies");
-  const float* frequency = call.in[1].as<float>();
-  const double magnitude = call.scalar[0];
   float* table = call.out[0].as<float>();
   if (!table) return;
   for_chunks(call, call.in[0].size(), 64, [=](int64_t begin, int64_t end) {
@@ -54,6 +25,27 @@ static void rope_angles(const Call& call) {
       }
     }
   });
+}
+
+// rope_table(positions[*]:i32, d, base, factor, low, high, context) -> table[* d]: cosines, then sines; angles in float64.
+static void rope_table(const Call& call) {
+  const int64_t d = call.out[0].cols(), half = d / 2;
+  check_even_head(call, d, "d");
+  const RopeScaling scaling{call.scalar[2], call.scalar[3], call.scalar[4], call.scalar[5]};
+  double* frequency = static_cast<double*>(call.workspace);
+  for (int64_t i = 0; i < half; ++i) frequency[i] = rope_frequency(i, d, call.scalar[1], scaling);
+  fill_table(call, frequency, 1);
+}
+
+static size_t rope_table_bytes(const Call& call) {
+  return call.scalar[0] > 0 ? sizeof(double) * static_cast<size_t>(call.scalar[0] / 2 + 1) : 0;
+}
+
+// rope_angles(positions[*]:i32, frequencies[d]:f32, magnitude) -> table[* d]:f32: the same by given frequencies, of which those of the
+// first half count.
+static void rope_angles(const Call& call) {
+  check_even_head(call, call.out[0].cols(), "frequencies");
+  fill_table(call, call.in[1].as<float>(), call.scalar[0]);
 }
 
 // y may be x: a pair is read before it is written.
