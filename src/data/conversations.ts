@@ -3,6 +3,7 @@
 
 import { DataError } from '../tensor/errors.ts';
 import type { Message } from '../tokenizer/chat.ts';
+import { type Fields, listField, ownField, RowError, textField } from './fields.ts';
 import { type DataRecord, records } from './records.ts';
 import type { Malformed } from './source.ts';
 
@@ -27,15 +28,6 @@ export interface ConversationOptions {
   readonly format?: ConversationFormat;
   /** Stop at the first row that cannot be used. Default false: it is reported and left out. */
   readonly strict?: boolean;
-}
-
-/** What is wrong with a row. */
-class RowError extends Error {
-  readonly field: string;
-  constructor(field: string, reason: string) {
-    super(reason);
-    this.field = field;
-  }
 }
 
 /**
@@ -98,7 +90,7 @@ function parseRow({ value }: DataRecord, named: ConversationFormat | undefined):
     case 'alpaca':
       return { messages: alpaca(value) };
     case 'prompt':
-      return { messages: [turn('user', text(value, 'prompt')), turn('assistant', answer(value, 'completion'))] };
+      return { messages: [turn('user', textField(value, 'prompt')), turn('assistant', answer(value, 'completion'))] };
     case 'messages':
       return withTools(
         value,
@@ -112,11 +104,11 @@ function parseRow({ value }: DataRecord, named: ConversationFormat | undefined):
 }
 
 function alpaca(value: DataRecord['value']): Message[] {
-  const instruction = text(value, 'instruction');
+  const instruction = textField(value, 'instruction');
   if (instruction.trim() === '') throw new RowError('instruction', 'field "instruction" is empty');
-  const input = (value.input ?? null) === null ? '' : text(value, 'input');
+  const input = (value.input ?? null) === null ? '' : textField(value, 'input');
   const output = answer(value, !Object.hasOwn(value, 'output') && Object.hasOwn(value, 'response') ? 'response' : 'output');
-  const system = (value.system ?? '') === '' ? [] : [turn('system', text(value, 'system'))];
+  const system = (value.system ?? '') === '' ? [] : [turn('system', textField(value, 'system'))];
   // Templates with a section for the input find it by itself; for the others it follows the instruction.
   const asked = input === '' ? turn('user', instruction) : { ...turn('user', `${instruction}\n\n${input}`), instruction, input };
   return [...system, asked, turn('assistant', output)];
@@ -142,7 +134,7 @@ function sharegpt(value: DataRecord['value']): Message[] {
   // Some files have messages under this name.
   const style = turns.some((m) => Object.hasOwn(m, 'from')) || !turns.some((m) => Object.hasOwn(m, 'role'));
   if (!style) return checked(turns, 'conversations', 'content', (m, at) => role(m, at, 'role'));
-  const given = (value.system ?? '') === '' ? [] : [turn('system', text(value, 'system'))];
+  const given = (value.system ?? '') === '' ? [] : [turn('system', textField(value, 'system'))];
   return [
     ...given,
     ...checked(turns, 'conversations', 'value', (m, at) => {
@@ -159,8 +151,6 @@ function withTools(value: DataRecord['value'], messages: Message[]): Pick<Conver
   return Array.isArray(value.tools) && value.tools.length > 0 ? { messages, tools: value.tools } : { messages };
 }
 
-type Fields = Readonly<Record<string, unknown>>;
-
 /** Turns of a list, in an order that a conversation can have, up to the last answer. */
 function checked(turns: readonly Fields[], name: string, content: string, roleOf: (m: Fields, at: string) => string): Message[] {
   const messages: Message[] = turns.map((m, i) => {
@@ -168,7 +158,7 @@ function checked(turns: readonly Fields[], name: string, content: string, roleOf
     const role = roleOf(m, at);
     const calls = role === 'assistant' && Array.isArray(m.tool_calls) && m.tool_calls.length > 0;
     if (calls && (m[content] ?? null) === null) return { ...m, role, content: '' };
-    const said = text(m, content, at);
+    const said = textField(m, content, at);
     if (role === 'assistant' && said.trim() === '' && !calls)
       throw new RowError(`${at}.${content}`, `${at}.${content} is an empty answer`);
     return content === 'content' ? { ...m, role, content: said } : { role, content: said };
@@ -189,38 +179,19 @@ function turn(role: string, content: string): Message {
   return { role, content };
 }
 
-function text(value: Fields, field: string, at?: string): string {
-  const found: unknown = Object.hasOwn(value, field) ? value[field] : undefined;
-  const name = at === undefined ? field : `${at}.${field}`;
-  if (typeof found === 'string') return found;
-  throw new RowError(name, found === undefined ? `field "${name}" is missing` : `field "${name}" is not a text`);
-}
-
 function answer(value: Fields, field: string): string {
-  const found = text(value, field);
+  const found = textField(value, field);
   if (found.trim() === '') throw new RowError(field, `field "${field}" is an empty answer`);
   return found;
 }
 
 function role(m: Fields, at: string, field: string): string {
-  const found = text(m, field, at);
+  const found = textField(m, field, at);
   if (found === '') throw new RowError(`${at}.${field}`, `field "${at}.${field}" is empty`);
   return found;
 }
 
-function list(value: Fields, field: string): Fields[] {
-  let found: unknown = Object.hasOwn(value, field) ? value[field] : undefined;
-  // Tables that know no lists keep them as JSON.
-  if (typeof found === 'string') {
-    try {
-      found = JSON.parse(found);
-    } catch {}
-  }
-  if (found === undefined) throw new RowError(field, `field "${field}" is missing`);
-  if (!Array.isArray(found) || found.length === 0) throw new RowError(field, `field "${field}" is not a list of messages`);
-  for (const [i, m] of found.entries()) {
-    if (typeof m !== 'object' || m === null || Array.isArray(m))
-      throw new RowError(`${field}[${i}]`, `${field}[${i}] is not an object`);
-  }
-  return found as Fields[];
+function list(value: Fields, field: string): readonly Fields[] {
+  if (ownField(value, field) === undefined) throw new RowError(field, `field "${field}" is missing`);
+  return listField(value, field, 'of messages');
 }

@@ -22,23 +22,30 @@ export function segmentsOf(store: TokenStore, documents: Uint32Array, length: nu
     first[i + 1] = first[i]! + Math.ceil(size / length);
     tokens += size;
   }
+  const starts = first.subarray(0, documents.length);
   return {
     count: first[documents.length]!,
     tokens,
     at(j) {
-      let low = 0;
-      let high = documents.length;
-      while (high - low > 1) {
-        const middle = (low + high) >>> 1;
-        if (first[middle]! <= j) low = middle;
-        else high = middle;
-      }
-      const d = documents[low]!;
-      const from = (d === 0 ? 0 : store.ends[d - 1]!) + (j - first[low]!) * length;
+      const i = lastUpTo(starts, j);
+      const d = documents[i]!;
+      const from = (d === 0 ? 0 : store.ends[d - 1]!) + (j - first[i]!) * length;
       const to = Math.min(from + length, store.ends[d]!);
       return { from, count: to - from, more: to < store.ends[d]! };
     },
   };
+}
+
+/** Index of the last of ascending numbers that is at most `value`; 0 where none is. */
+export function lastUpTo(ascending: ArrayLike<number>, value: number): number {
+  let low = 0;
+  let high = ascending.length;
+  while (high - low > 1) {
+    const middle = (low + high) >>> 1;
+    if (ascending[middle]! <= value) low = middle;
+    else high = middle;
+  }
+  return low;
 }
 
 /** A piece of the store: place, tokens, and 1 when its document goes on behind it. */

@@ -5,6 +5,7 @@
 import { type FileHandle, mkdir, open, readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Batch, Likely } from '../data/pack.ts';
+import { lastUpTo } from '../data/rows.ts';
 import type { TokenStore } from '../data/tokens.ts';
 import { readAll, writeAll, writeAtomic } from '../io/atomic.ts';
 import { halfValues, toHalf } from '../io/half.ts';
@@ -181,7 +182,7 @@ export async function openTeacherCache(folder: string): Promise<TeacherCache> {
       };
       for (const [from, count] of runsOf(batch.places!)) {
         const place = batch.places![from]!;
-        const shard = last(shards, place);
+        const shard = lastUpTo(shards, place);
         const file = await shardOf(shardName(shard));
         await file.read(place - shards[shard]!, batch.ids.subarray(from, from + count), likely, from);
       }
@@ -202,18 +203,6 @@ function* runsOf(places: Float64Array): Generator<readonly [from: number, count:
     if (places[from]! >= 0) yield [from, to - from];
     from = to;
   }
-}
-
-/** The last of ascending numbers that is not above `place`. */
-function last(starts: readonly number[], place: number): number {
-  let low = 0;
-  let high = starts.length;
-  while (high - low > 1) {
-    const middle = (low + high) >>> 1;
-    if (starts[middle]! <= place) low = middle;
-    else high = middle;
-  }
-  return low;
 }
 
 interface OpenShard {

@@ -93,6 +93,12 @@ export async function writeAll(file: FileHandle, data: ArrayBufferView): Promise
   }
 }
 
+/** What the system refused while `op` read `path`. */
+export function readError(op: string, path: string, error: unknown): FileError {
+  const message = error instanceof Error ? error.message : String(error);
+  return new FileError(`${op}: cannot read ${path}: ${message}`, { code: 'ERR_READ', op, argument: path, cause: error });
+}
+
 /** Fills `data` from byte `position` of the file, however large, and returns the bytes read: fewer only at the end of the file. */
 export async function readAll(file: FileHandle, data: ArrayBufferView, position: number): Promise<number> {
   let at = 0;

@@ -1,8 +1,8 @@
 // GGUF files of llama.cpp: a header, then the tensors' bytes, each aligned.
 
 import { type FileHandle, open } from 'node:fs/promises';
-import { FileError, LimbeckError } from '../tensor/errors.ts';
-import { readAll, writeAll, writeAtomic } from './atomic.ts';
+import { LimbeckError } from '../tensor/errors.ts';
+import { readAll, readError, writeAll, writeAtomic } from './atomic.ts';
 import { decodeBlocks, encodeBlocks, ggmlTypes, readableTypes } from './ggml.ts';
 import {
   ALIGNMENT,
@@ -55,7 +55,7 @@ export async function openGguf(path: string): Promise<Gguf> {
     return await openHandle(path, file);
   } catch (error) {
     await file?.close();
-    throw LimbeckError.is(error) ? error : readError(path, error);
+    throw LimbeckError.is(error) ? error : readError('openGguf', path, error);
   }
 }
 
@@ -202,14 +202,4 @@ function encodeRun(tensor: GgufInput, run: Float32Array): Promise<Uint8Array> {
   if (run.length % values !== 0)
     throw shapeError(tensor, `came in a run of ${run.length} values; ${tensor.type} packs blocks of ${values}`);
   return encodeBlocks(tensor.type, run);
-}
-
-function readError(path: string, error: unknown): FileError {
-  const message = error instanceof Error ? error.message : String(error);
-  return new FileError(`openGguf: cannot read ${path}: ${message}`, {
-    code: 'ERR_READ',
-    op: 'openGguf',
-    argument: path,
-    cause: error,
-  });
 }

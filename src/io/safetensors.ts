@@ -1,8 +1,8 @@
 // The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps, little-endian.
 
 import { type FileHandle, open } from 'node:fs/promises';
-import { DTypeError, FileError, FormatError, LimbeckError, ShapeError } from '../tensor/errors.ts';
-import { readAll, writeAll, writeAtomic } from './atomic.ts';
+import { DTypeError, FormatError, LimbeckError, ShapeError } from '../tensor/errors.ts';
+import { readAll, readError, writeAll, writeAtomic } from './atomic.ts';
 import { halfValues } from './half.ts';
 
 // In the order of the reference implementation: by alignment. A file holds its tensors in the reverse of it.
@@ -232,7 +232,7 @@ export async function openSafetensors(path: string): Promise<Safetensors> {
     return await readHeader(path, file);
   } catch (error) {
     await file?.close();
-    throw LimbeckError.is(error) ? error : readError(path, error);
+    throw LimbeckError.is(error) ? error : readError('openSafetensors', path, error);
   }
 }
 
@@ -396,7 +396,7 @@ async function readElements(
   try {
     got = await readAll(file, data, at);
   } catch (error) {
-    throw readError(path, error);
+    throw readError('openSafetensors', path, error);
   }
   if (got < data.byteLength) {
     const message = `it became shorter: tensor ${show(name)} ends at byte ${entry.offset + entry.bytes}, the file at byte ${at + got}`;
@@ -433,14 +433,4 @@ function refuse(
 ): FormatError {
   const full = { op: 'openSafetensors', argument: path, ...data, code: `ERR_SAFETENSORS_${code}` };
   return new FormatError(`openSafetensors: ${path} cannot be used: ${what}`, full);
-}
-
-function readError(path: string, error: unknown): FileError {
-  const message = error instanceof Error ? error.message : String(error);
-  return new FileError(`openSafetensors: cannot read ${path}: ${message}`, {
-    code: 'ERR_READ',
-    op: 'openSafetensors',
-    argument: path,
-    cause: error,
-  });
 }

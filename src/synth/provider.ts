@@ -1,7 +1,8 @@
 // What a language model can do for us, wherever it runs: continue a prompt, answer a conversation, embed texts.
 
 import { LimbeckError } from '../tensor/errors.ts';
-import type { ChatTemplate } from '../tokenizer/chat.ts';
+import { type ChatTemplate, escapeMessages } from '../tokenizer/chat.ts';
+import type { AddedTokens } from '../tokenizer/escape.ts';
 
 /** A turn of a conversation. */
 export type ChatMessage = { readonly role: 'system' | 'user' | 'assistant'; readonly content: string };
@@ -171,18 +172,23 @@ export function checkAbilities(name: string, can: Abilities, sampling: Sampling)
 
 /**
  * A conversation as a call of `complete`, for backends without a template of their own: it stops at the text that ends a turn, and
- * at its token, since a special token has no text. `endId` is that token, where the text is one.
+ * at its token, where the text is one, since a special token has no text.
+ * @throws ProviderError `ERR_UNSUPPORTED` without a template
  */
 export function chatCall(
-  template: ChatTemplate,
+  name: string,
+  template: ChatTemplate | undefined,
+  tokenizer: AddedTokens & { id(text: string): number | undefined },
   messages: readonly ChatMessage[],
   call: CompletionOptions,
-  endId: (text: string) => number | undefined,
 ): { prompt: string; call: CompletionOptions } {
+  if (template === undefined) {
+    throw unable(name, 'answer a conversation', 'the model has no chat template; give one, or the name of a style');
+  }
   const { turnEnd } = template;
-  const prompt = template.render([...messages], { addGenerationPrompt: true });
+  const prompt = template.render(escapeMessages(tokenizer, messages), { addGenerationPrompt: true });
   if (turnEnd === '') return { prompt, call };
-  const id = endId(turnEnd);
+  const id = tokenizer.id(turnEnd);
   return {
     prompt,
     call: {

@@ -5,6 +5,7 @@ import { createRequire } from 'node:module';
 import { basename, join } from 'node:path';
 import { ConfigError, DataError, FileError, FormatError } from '../tensor/errors.ts';
 import { type AddedTokens, encodeEscaped, escapeSpecial } from './escape.ts';
+import { joinIds } from './ids.ts';
 import { chatStyles } from './styles.ts';
 import type { Tokenizer } from './tokenizer.ts';
 
@@ -202,13 +203,7 @@ export function encodePieces(tokenizer: Tokenizer, parts: readonly string[]): { 
     ends.push(settled + ids.length);
   }
   done.push(ids);
-  const all = new Int32Array(settled + ids.length);
-  let at = 0;
-  for (const run of done) {
-    all.set(run, at);
-    at += run.length;
-  }
-  return { ids: all, ends };
+  return { ids: joinIds(done), ends };
 }
 
 function isPrefix(short: Int32Array, long: Int32Array): boolean {

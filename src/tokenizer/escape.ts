@@ -1,6 +1,7 @@
 // The text of special tokens in what people write: it stays text, and only what a template itself writes becomes a token.
 
 import type { TokenizerFile } from './file.ts';
+import { joinIds } from './ids.ts';
 
 /** Where a text is cut before it is encoded. A noncharacter of Unicode: no text that is meant to be read holds it. */
 const mark = '\ufdd3';
@@ -85,12 +86,5 @@ function escapedText(text: string, { first, whole, begins, ends, longest }: Spec
 /** The ids of a text that {@link escapeSpecial} has marked, wholly or in parts: each piece between marks is encoded by itself. */
 export function encodeEscaped(tokenizer: { encode(text: string): Int32Array }, text: string): Int32Array {
   if (!text.includes(mark)) return tokenizer.encode(text);
-  const runs = text.split(mark).map((part) => tokenizer.encode(part));
-  const ids = new Int32Array(runs.reduce((sum, run) => sum + run.length, 0));
-  let at = 0;
-  for (const run of runs) {
-    ids.set(run, at);
-    at += run.length;
-  }
-  return ids;
+  return joinIds(text.split(mark).map((part) => tokenizer.encode(part)));
 }

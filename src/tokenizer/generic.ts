@@ -8,9 +8,7 @@ import { checkIds } from './alphabet.ts';
 import { saveTokenizer, type TokenizerFile } from './file.ts';
 import { sentinels } from './sentinels.ts';
 import type { TokenDecoder, Tokenizer } from './tokenizer.ts';
-
-// Ids that are decoded again with each new one: enough context for decoders that look back (leading spaces, byte fallback).
-const context = 8;
+import { windowDecoder } from './window.ts';
 
 export function genericTokenizer(file: TokenizerFile): Tokenizer {
   const pipeline = build(file, file.json);
@@ -69,26 +67,13 @@ export function genericTokenizer(file: TokenizerFile): Tokenizer {
       return decode(ids, options.skipSpecial ?? false);
     },
     decoder(options = {}): TokenDecoder {
-      const skip = options.skipSpecial ?? false;
-      const seen: number[] = [];
-      let settled = 0; // ids whose text was given out
-      let base = 0; // first id of the window
-      const rest = (final: boolean): string => {
-        const before = decode(seen.slice(base, settled), skip);
-        const all = decode(seen.slice(base), skip);
-        // A text that ends in U+FFFD may be a character that is not complete yet.
-        if (!final && all.endsWith('\ufffd')) return '';
-        base = Math.max(base, settled - context);
-        settled = seen.length;
-        return all.slice(before.length);
-      };
+      const decoder = windowDecoder((ids) => decode(ids, options.skipSpecial ?? false));
       return {
         push(id) {
           checkIds([id], vocabSize, 'decoder.push');
-          seen.push(id);
-          return rest(false);
+          return decoder.push(id);
         },
-        end: () => (settled < seen.length ? rest(true) : ''),
+        end: decoder.end,
       };
     },
     id: (token) => file.ids.get(token),

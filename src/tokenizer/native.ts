@@ -3,6 +3,7 @@
 import { textAddon } from '../tensor/text.ts';
 import { bytesOfToken, checkIds } from './alphabet.ts';
 import { type NativePlan, type NormalForm, saveTokenizer, type TokenizerFile } from './file.ts';
+import { joinIds } from './ids.ts';
 import { sentinels } from './sentinels.ts';
 import type { TokenDecoder, Tokenizer } from './tokenizer.ts';
 
@@ -36,7 +37,7 @@ export function nativeTokenizer(file: TokenizerFile, plan: NativePlan): Tokenize
   const encodeText = (text: string | Uint8Array, added: boolean): Int32Array => {
     const parts = normalize?.(text, added);
     if (parts === undefined) return encoder.encode(text, added);
-    return concat(parts.map((part) => (typeof part === 'number' ? Int32Array.of(part) : encoder.encode(part, false))));
+    return joinIds(parts.map((part) => (typeof part === 'number' ? Int32Array.of(part) : encoder.encode(part, false))));
   };
 
   return {
@@ -172,16 +173,6 @@ function normalizer(form: NormalForm, file: TokenizerFile) {
     const parts = added && pattern !== undefined ? string.split(pattern) : [string];
     return parts.map((part, i) => (i % 2 === 1 ? ids.get(part)! : part.normalize(form)));
   };
-}
-
-function concat(parts: readonly Int32Array[]): Int32Array {
-  const all = new Int32Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) {
-    all.set(part, at);
-    at += part.length;
-  }
-  return all;
 }
 
 /** Runs of texts that together fill a job. */

@@ -2,6 +2,7 @@
 // and field, and left out.
 
 import { basename, dirname } from 'node:path';
+import { type Fields, listField, ownField, RowError, textField } from '../../data/fields.ts';
 import { type DataRecord, records } from '../../data/records.ts';
 import type { Malformed } from '../../data/source.ts';
 import { DataError } from '../../tensor/errors.ts';
@@ -39,16 +40,6 @@ export interface ContextReport {
   readonly malformedCount: number;
   readonly malformed: readonly Malformed[];
 }
-
-class RowError extends Error {
-  readonly field: string;
-  constructor(field: string, reason: string) {
-    super(reason);
-    this.field = field;
-  }
-}
-
-type Fields = Readonly<Record<string, unknown>>;
 
 /**
  * Reads JSON Lines, JSON or Parquet. Questions about the same context of a dataset come together.
@@ -115,21 +106,21 @@ function* contextsOf({ value, file }: DataRecord, options: ContextOptions, repor
       }
       return;
     case 'hotpot': {
-      const pair = checkedPair(text(value, 'question'), text(value, 'answer'));
+      const pair = checkedPair(textField(value, 'question'), textField(value, 'answer'));
       yield { dataset, context: plain(paragraphs(value.context), 'context'), pairs: [pair] };
       return;
     }
     case 'synthesizer':
       yield {
         dataset,
-        context: plain(text(value, 'context', true), 'context'),
+        context: plain(optionalText(value, 'context'), 'context'),
         pairs: listed(value, 'QA_list', 'Q', 'A', report),
       };
       return;
     case 'pairs':
       yield {
         dataset,
-        context: plain(text(value, 'context', true), 'context'),
+        context: plain(optionalText(value, 'context'), 'context'),
         pairs: listed(value, 'pairs', 'question', 'answer', report),
       };
       return;
@@ -168,7 +159,7 @@ function* squadParagraphs(value: Fields, report: Report): Generator<{ context: s
     }
     return;
   }
-  const context = text(value, 'context');
+  const context = textField(value, 'context');
   yield { context, questions: Object.hasOwn(value, 'qas') ? list(value, 'qas') : [value] };
 }
 
@@ -177,7 +168,7 @@ function squadPairs(questions: readonly Fields[], report: Report): InstructionPa
     const at = questions.length === 1 ? '' : `qas[${i}].`;
     return attempt(at, report, () => {
       if (entry.is_impossible === true) throw new RowError('answers', 'the question has no answer in the text');
-      return checkedPair(text(entry, 'question'), firstAnswer(entry));
+      return checkedPair(textField(entry, 'question'), firstAnswer(entry));
     });
   });
 }
@@ -185,7 +176,7 @@ function squadPairs(questions: readonly Fields[], report: Report): InstructionPa
 /** The first of several answers: of `{ text: [...] }`, of `[{ text }]`, or of `answer`. */
 function firstAnswer(entry: Fields): string {
   const { answers } = entry;
-  if (answers === undefined) return text(entry, 'answer');
+  if (answers === undefined) return textField(entry, 'answer');
   const texts = Array.isArray(answers)
     ? answers.map((a: unknown) => (a as Fields | null)?.text ?? a)
     : (answers as Fields | null)?.text;
@@ -215,7 +206,7 @@ function paragraphs(context: unknown): string {
 
 function listed(value: Fields, field: string, question: string, answer: string, report: Report): InstructionPair[] {
   return list(value, field).flatMap((entry, i) =>
-    attempt(`${field}[${i}].`, report, () => checkedPair(text(entry, question), text(entry, answer))),
+    attempt(`${field}[${i}].`, report, () => checkedPair(textField(entry, question), textField(entry, answer))),
   );
 }
 
@@ -243,25 +234,13 @@ function plain(value: string, field: string): string {
   return value;
 }
 
-function text(value: Fields, field: string, optional = false): string {
-  const found: unknown = Object.hasOwn(value, field) ? value[field] : undefined;
-  if (typeof found === 'string') return found;
-  if (optional && (found ?? null) === null) return '';
-  throw new RowError(field, found === undefined ? `field "${field}" is missing` : `field "${field}" is not a text`);
+/** A text, or none. */
+function optionalText(value: Fields, field: string): string {
+  return (ownField(value, field) ?? null) === null ? '' : textField(value, field);
 }
 
 function list(value: Fields, field: string): readonly Fields[] {
-  let found: unknown = Object.hasOwn(value, field) ? value[field] : undefined;
-  // Tables that know no lists keep them as JSON.
-  if (typeof found === 'string') {
-    try {
-      found = JSON.parse(found);
-    } catch {}
-  }
-  if (!Array.isArray(found) || found.length === 0) throw new RowError(field, `field "${field}" is not a list with entries`);
-  const wrong = found.findIndex((entry) => typeof entry !== 'object' || entry === null || Array.isArray(entry));
-  if (wrong >= 0) throw new RowError(`${field}[${wrong}]`, `${field}[${wrong}] is not an object`);
-  return found as Fields[];
+  return listField(value, field, 'with entries');
 }
 
 function short(value: string): string {

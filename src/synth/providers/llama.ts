@@ -5,9 +5,9 @@ import { availableParallelism } from 'node:os';
 import { textWriter } from '../../models/completion.ts';
 import { adjust, candidatesOf, chance, checkSampling, draw, type Sampling, topOf } from '../../models/sampling.ts';
 import { ConfigError, DataError } from '../../tensor/errors.ts';
-import { type ChatTemplate, chatTemplate, escapeMessages } from '../../tokenizer/chat.ts';
+import { type ChatTemplate, chatTemplate } from '../../tokenizer/chat.ts';
 import { encodeEscaped } from '../../tokenizer/escape.ts';
-import type { TokenDecoder } from '../../tokenizer/tokenizer.ts';
+import { windowDecoder } from '../../tokenizer/window.ts';
 import {
   type Abilities,
   type CompletionOptions,
@@ -163,7 +163,10 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
     const ids = encode(prompt, begin);
     const draws = drawsOf(model, library, ends, ids, call);
     const most = Math.min(maxTokens, context - ids.length);
-    const text = textWriter(decoderOf(model), stop);
+    const text = textWriter(
+      windowDecoder((tokens) => model.detokenize(tokens)),
+      stop,
+    );
     const scores: TokenScore[] = [];
     let written = '';
     let finish: Reply['finish'] = 'length';
@@ -212,13 +215,7 @@ async function provide(model: Model, library: LlamaModule, setting: Setting): Pr
     ...(template === undefined ? {} : { template }),
     complete: (prompt, call = {}) => complete(prompt, call),
     async chat(messages, call = {}) {
-      if (template === undefined) {
-        throw unable(name, 'answer a conversation', 'the file has no chat template; give one, or the name of a style');
-      }
-      const asked = chatCall(template, escapeMessages(vocabulary, messages), call, (text) => {
-        const ids = model.tokenize(text, true);
-        return ids.length === 1 ? ids[0] : undefined;
-      });
+      const asked = chatCall(name, template, vocabulary, messages, call);
       return complete(asked.prompt, asked.call, false);
     },
     async embed(texts, { signal } = {}) {
@@ -368,24 +365,10 @@ function vocabularyOf(model: Model) {
   return {
     file: { added: added.filter(({ special }) => special) },
     encode: (text: string) => Int32Array.from(model.tokenize(text, true)),
-  };
-}
-
-/** The text of tokens as they come; a character that is not complete is waited for. */
-function decoderOf(model: Model): TokenDecoder {
-  const tokens: Token[] = [];
-  let told = 0;
-  const rest = (): string => {
-    const text = model.detokenize(tokens).slice(told);
-    told += text.length;
-    return text;
-  };
-  return {
-    push(id) {
-      tokens.push(id);
-      return model.detokenize(tokens).endsWith('\ufffd') ? '' : rest();
+    id: (text: string) => {
+      const ids = model.tokenize(text, true);
+      return ids.length === 1 ? ids[0] : undefined;
     },
-    end: rest,
   };
 }
 

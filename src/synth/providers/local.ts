@@ -11,7 +11,7 @@ import { DataError } from '../../tensor/errors.ts';
 import { scope } from '../../tensor/scope.ts';
 import { noGrad } from '../../tensor/tape.ts';
 import { readAs, tensor } from '../../tensor/tensor.ts';
-import { type ChatTemplate, chatTemplate, escapeMessages, loadChatTemplate } from '../../tokenizer/chat.ts';
+import { type ChatTemplate, chatTemplate, loadChatTemplate } from '../../tokenizer/chat.ts';
 import { encodeEscaped } from '../../tokenizer/escape.ts';
 import { encodePrompt } from '../../tokenizer/sentinels.ts';
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
@@ -25,7 +25,6 @@ import {
   type Provider,
   type Reply,
   type TokenScore,
-  unable,
 } from '../provider.ts';
 import { choiceMask } from './choices.ts';
 import { fingerprint } from './fingerprint.ts';
@@ -185,11 +184,7 @@ export function localProvider(options: LocalOptions): Provider {
     ...(template === undefined ? {} : { template }),
     complete: (prompt, call = {}) => complete(prompt, call),
     async chat(messages, call = {}) {
-      if (template === undefined) {
-        throw unable(name, 'answer a conversation', 'the model has no chat template; give one, or the name of a style');
-      }
-      const said = escapeMessages(tokenizer, messages);
-      const asked = chatCall(template, said, call, (text) => tokenizer.id(text));
+      const asked = chatCall(name, template, tokenizer, messages, call);
       return complete(asked.prompt, asked.call, false);
     },
     async embed(texts, { signal } = {}) {
