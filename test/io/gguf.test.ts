@@ -8,7 +8,8 @@ import { decodeBlocks, encodeBlocks, type GgmlTypeName, ggmlTypes, readableTypes
 import { openGguf, writeGguf } from '../../src/io/gguf.ts';
 import { type GgufInput, type GgufValue, parseGguf } from '../../src/io/gguf-header.ts';
 import { openSafetensors } from '../../src/io/safetensors.ts';
-import { DataError, FileError, FormatError, LimbeckError, ShapeError } from '../../src/tensor/errors.ts';
+import { DataError, FileError, FormatError, ShapeError } from '../../src/tensor/errors.ts';
+import { rejection } from '../rejection.ts';
 
 const golden = fileURLToPath(new URL('../golden/gguf/types.gguf', import.meta.url));
 let folder: string;
@@ -16,15 +17,6 @@ beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'limbeck-gguf-'));
 });
 afterAll(() => rm(folder, { recursive: true }));
-
-const rejection = async (promise: Promise<unknown>): Promise<LimbeckError> => {
-  const error = await promise.then(
-    () => undefined,
-    (reason) => reason,
-  );
-  expect(error).toBeInstanceOf(LimbeckError);
-  return error;
-};
 
 const rms = (a: Float32Array, b: Float32Array): number =>
   Math.sqrt(a.reduce((sum, x, i) => sum + (x - b[i]!) ** 2, 0) / a.length);

@@ -12,6 +12,7 @@ import {
   writeSafetensors,
 } from '../../src/io/safetensors.ts';
 import { DTypeError, FileError, FormatError, LimbeckError, ShapeError } from '../../src/tensor/errors.ts';
+import { rejection } from '../rejection.ts';
 
 const golden = fileURLToPath(new URL('../golden/dtypes.safetensors', import.meta.url));
 let folder: string;
@@ -19,15 +20,6 @@ beforeAll(async () => {
   folder = await mkdtemp(join(tmpdir(), 'limbeck-safetensors-'));
 });
 afterAll(() => rm(folder, { recursive: true }));
-
-const rejection = async (promise: Promise<unknown>): Promise<LimbeckError> => {
-  const error = await promise.then(
-    () => undefined,
-    (reason) => reason,
-  );
-  expect(error).toBeInstanceOf(LimbeckError);
-  return error;
-};
 
 /** A file with any header, followed by `bytes` zeros. */
 const craft = async (header: string | object, bytes = 0, length?: number): Promise<string> => {

@@ -8,7 +8,7 @@ import type { DecoderConfig } from '../../src/models/decoder.ts';
 import { exportGguf, type GgufType, openGgufModel } from '../../src/models/gguf.ts';
 import { exportGgufAdapter } from '../../src/models/gguf-adapter.ts';
 import type { Gpt2Config } from '../../src/models/gpt2.ts';
-import { createModel, type LanguageModel, type ModelConfig } from '../../src/models/model.ts';
+import { createModel, type LanguageModel, type ModelConfig, modelConfig } from '../../src/models/model.ts';
 import { type AdapterOptions, createAdapter, setAdapter } from '../../src/nn/lora.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
@@ -37,35 +37,10 @@ const text = 'the people of this country shall keep a Union that is free, 1790 t
 const T = 256;
 const V = 320;
 // Rows of 64 and 256 are whole blocks of Q8_0; a scale of weights at which the best token is seldom in doubt.
-const llama: DecoderConfig = {
-  architecture: 'llama',
-  vocabSize: V,
-  width: 64,
-  layers: 4,
-  heads: 4,
-  kvHeads: 2,
-  headSize: 32,
-  hidden: 128,
-  window: null,
-  layerPattern: ['global'],
-  activation: 'silu',
-  normOffset: 0,
-  postNorms: false,
-  queryKeyNorm: false,
-  scaledEmbedding: false,
-  tied: false,
-  bias: { qkv: false, output: false },
-  attentionCap: null,
-  finalCap: null,
-  queryScalar: 32,
-  ropeBase: 10_000,
-  localRopeBase: null,
-  ropeScaling: null,
-  rotary: [true],
-  normEps: 1e-6,
-  initStd: 0.15,
-  context: 512,
-};
+const llama = modelConfig('smollm2-135m', {
+  ...{ vocabSize: V, width: 64, layers: 4, heads: 4, kvHeads: 2, headSize: 32, hidden: 128, context: 512 },
+  ...{ tied: false, queryScalar: 32, ropeBase: 10_000, normEps: 1e-6, initStd: 0.15 },
+}) as DecoderConfig;
 const gemma = { activation: 'gelu', normOffset: 1, postNorms: true, scaledEmbedding: true, tied: true } as const;
 const gemma2 = {
   ...llama,

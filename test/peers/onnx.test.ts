@@ -8,7 +8,7 @@ import { halfValues, toHalf } from '../../src/io/half.ts';
 import { type OnnxTensor, type OnnxType, writeOnnx } from '../../src/io/onnx.ts';
 import type { DecoderConfig } from '../../src/models/decoder.ts';
 import type { Gpt2Config } from '../../src/models/gpt2.ts';
-import { createModel, type LanguageModel, type ModelConfig, saveModel } from '../../src/models/model.ts';
+import { createModel, type LanguageModel, type ModelConfig, modelConfig, saveModel } from '../../src/models/model.ts';
 import { exportOnnx } from '../../src/models/onnx.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
@@ -25,35 +25,10 @@ beforeAll(async () => {
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
 
-const llama: DecoderConfig = {
-  architecture: 'llama',
-  vocabSize: 83,
-  width: 24,
-  layers: 3,
-  heads: 4,
-  kvHeads: 2,
-  headSize: 8,
-  hidden: 40,
-  window: null,
-  layerPattern: ['global'],
-  activation: 'silu',
-  normOffset: 0,
-  postNorms: false,
-  queryKeyNorm: false,
-  scaledEmbedding: false,
-  tied: false,
-  bias: { qkv: false, output: false },
-  attentionCap: null,
-  finalCap: null,
-  queryScalar: 8,
-  ropeBase: 10_000,
-  localRopeBase: null,
-  ropeScaling: null,
-  rotary: [true],
-  normEps: 1e-6,
-  initStd: 0.3,
-  context: 64,
-};
+const llama = modelConfig('smollm2-135m', {
+  ...{ vocabSize: 83, width: 24, layers: 3, heads: 4, kvHeads: 2, headSize: 8, hidden: 40, context: 64 },
+  ...{ tied: false, queryScalar: 8, ropeBase: 10_000, normEps: 1e-6, initStd: 0.3 },
+}) as DecoderConfig;
 const gemma = { activation: 'gelu', normOffset: 1, postNorms: true, scaledEmbedding: true, tied: true } as const;
 const local = { layerPattern: ['local', 'global'], window: 5 } as const;
 

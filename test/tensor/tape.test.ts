@@ -106,17 +106,15 @@ type Call = readonly [
   twin: (a: Node, b: Node, w: Node, also: (n: Node) => Node) => Node,
 ];
 const half = { eps: 1e-2 };
+const added: Call[1] = (a, b) =>
+  each(
+    [a, b],
+    (x, y) => x + y,
+    () => 1,
+    () => 1,
+  );
 const calls: Readonly<Record<string, Call>> = {
-  add: [
-    (a, b) => add(a, b),
-    (a, b) =>
-      each(
-        [a, b],
-        (x, y) => x + y,
-        () => 1,
-        () => 1,
-      ),
-  ],
+  add: [(a, b) => add(a, b), added],
   sub: [
     (a, b) => sub(a, b),
     (a, b) =>
@@ -167,16 +165,7 @@ const calls: Readonly<Record<string, Call>> = {
   ],
   turned: [(a) => transpose(a), (a) => moved([a], (i) => [0, (i % N) * N + Math.floor(i / N)])],
   flat: [(a) => reshape(reshape(a, [SIZE]), [N, N]), (a) => moved([a], (i) => [0, i])],
-  flatSum: [
-    (a, b) => reshape(add(reshape(a, [-1]), reshape(b, [-1])), [N, N]),
-    (a, b) =>
-      each(
-        [a, b],
-        (x, y) => x + y,
-        () => 1,
-        () => 1,
-      ),
-  ],
+  flatSum: [(a, b) => reshape(add(reshape(a, [-1]), reshape(b, [-1])), [N, N]), added],
   joined: [(a, b) => concat(slice(a, 0, 1), slice(b, 1, N)), (a, b) => moved([a, b], (i) => [i % N === 0 ? 0 : 1, i])],
   softmax: [(a) => softmax(a), (a) => shares(a)],
   linear: [(a, b) => linear(a, b), (a, b) => product(a, b)],
