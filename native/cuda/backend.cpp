@@ -127,11 +127,11 @@ class Cuda final : public Backend {
     check_architecture(device_.architecture, properties.name);
     check(cudaStreamCreateWithFlags(&device_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
-    check(cudaHostAlloc(reinterpret_cast<void**>(&device_.fault), sizeof(FaultRecord), cudaHostAllocMapped), "cudaHostAlloc");
-    *device_.fault = FaultRecord{};
+    check(cudaMalloc(reinterpret_cast<void**>(&device_.fault), sizeof(FaultRecord)), "cudaMalloc");
+    reset_fault();
     for (Slot& slot : slots_) {
-      check(cudaMallocHost(&slot.pinned, kSlotBytes), "cudaMallocHost");
-      check(cudaMalloc(&slot.device, kSlotBytes), "cudaMalloc");
+      check(cudaMallocHost(&slot.pinned, kSlotBytes + sizeof(FaultRecord)), "cudaMallocHost");
+      check(cudaMalloc(&slot.device, kSlotBytes + sizeof(FaultRecord)), "cudaMalloc");
       free_.push_back(&slot);
     }
     blas_ = open_blas(device_);
@@ -150,7 +150,7 @@ class Cuda final : public Backend {
       cudaFreeHost(slot.pinned);
       cudaFree(slot.device);
     }
-    cudaFreeHost(device_.fault);
+    cudaFree(device_.fault);
     cudaStreamDestroy(copies_);
     cudaStreamDestroy(device_.stream);
   }
@@ -194,31 +194,30 @@ class Cuda final : public Backend {
       check(cudaStreamWaitEvent(device_.stream, slot.filled.event), "write");
       check(cudaMemcpyAsync(static_cast<char*>(to) + at, slot.device, part, cudaMemcpyDeviceToDevice, device_.stream), "write");
       check(cudaEventRecord(slot.emptied.event, device_.stream), "write");
-      finish({&slot, nullptr, nullptr, 0, nullptr});
+      finish({&slot, nullptr, 0, nullptr});
     }
   }
 
+  // With each part comes the fault record as it was then.
   void read(void* to, const void* from, size_t bytes, Done done) override {
     enter();
-    if (bytes == 0) return sync(std::move(done));
-    for (size_t at = 0; at < bytes; at += kSlotBytes) {
+    size_t at = 0;
+    do {
       const size_t part = std::min(kSlotBytes, bytes - at);
       Slot& slot = take();
-      check(cudaMemcpyAsync(slot.device, static_cast<const char*>(from) + at, part, cudaMemcpyDeviceToDevice, device_.stream), "read");
+      char* const record = static_cast<char*>(slot.device) + part;
+      if (part > 0) check(cudaMemcpyAsync(slot.device, static_cast<const char*>(from) + at, part, cudaMemcpyDeviceToDevice, device_.stream), "read");
+      check(cudaMemcpyAsync(record, device_.fault, sizeof(FaultRecord), cudaMemcpyDeviceToDevice, device_.stream), "read");
       check(cudaEventRecord(slot.filled.event, device_.stream), "read");
       check(cudaStreamWaitEvent(copies_, slot.filled.event), "read");
-      check(cudaMemcpyAsync(slot.pinned, slot.device, part, cudaMemcpyDeviceToHost, copies_), "read");
+      check(cudaMemcpyAsync(slot.pinned, slot.device, part + sizeof(FaultRecord), cudaMemcpyDeviceToHost, copies_), "read");
       check(cudaEventRecord(slot.emptied.event, copies_), "read");
-      finish({&slot, nullptr, static_cast<char*>(to) + at, part, at + part == bytes ? std::move(done) : nullptr});
-    }
+      finish({&slot, static_cast<char*>(to) + at, part, at + part == bytes ? std::move(done) : nullptr});
+      at += part;
+    } while (at < bytes);
   }
 
-  void sync(Done done) override {
-    enter();
-    auto event = std::make_shared<Event>();
-    check(cudaEventRecord(event->event, device_.stream), "sync");
-    finish({nullptr, std::move(event), nullptr, 0, std::move(done)});
-  }
+  void sync(Done done) override { read(nullptr, nullptr, 0, std::move(done)); }
 
   void drain() override {
     enter();
@@ -228,13 +227,14 @@ class Cuda final : public Backend {
 
   void clear_fault() override {
     drain();
-    *device_.fault = FaultRecord{};
+    reset_fault();
   }
 
   void capture() override {
     enter();
     recording_ = std::make_shared<Recorded>();
-    check(cudaStreamBeginCapture(device_.stream, cudaStreamCaptureModeThreadLocal), "graph");
+    // What a product or a write needs for good (workspace, pinned memory) may be allocated while a stream is recorded.
+    check(cudaStreamBeginCapture(device_.stream, cudaStreamCaptureModeRelaxed), "graph");
   }
 
   std::shared_ptr<void> captured() override {
@@ -260,8 +260,7 @@ class Cuda final : public Backend {
   };
   struct Completion {
     Slot* slot;
-    std::shared_ptr<Event> event;  // or the slot's
-    char* to;                      // where the slot's bytes go
+    char* to;  // where a read's bytes go, of which the fault record lies behind them; null for a write
     size_t bytes;
     Done done;
   };
@@ -304,20 +303,33 @@ class Cuda final : public Backend {
       std::unique_ptr<Error> fault;
       try {
         enter();
-        check(cudaEventSynchronize(c.slot ? c.slot->emptied.event : c.event->event), "cuda");
-        if (device_.fault->key != FaultRecord::no_key) fault = std::make_unique<Error>(error_of(*device_.fault));
-        else if (c.to) std::memcpy(c.to, c.slot->pinned, c.bytes);
+        check(cudaEventSynchronize(c.slot->emptied.event), "cuda");
+        if (c.done || c.bytes > 0) fault = receive(c);
       } catch (const Error& e) {
         fault = std::make_unique<Error>(e);
         fault->op = "";
       }
-      if (c.slot) {
+      {
         std::lock_guard lock(mutex_);
         free_.push_back(c.slot);
       }
       wake_.notify_all();
       if (c.done) c.done(fault.get());
     }
+  }
+
+  // What a read brought, or the fault that came before it.
+  static std::unique_ptr<Error> receive(const Completion& c) {
+    FaultRecord record;
+    std::memcpy(&record, static_cast<const char*>(c.slot->pinned) + c.bytes, sizeof record);
+    if (record.key != FaultRecord::no_key) return std::make_unique<Error>(error_of(record));
+    if (c.bytes > 0) std::memcpy(c.to, c.slot->pinned, c.bytes);
+    return nullptr;
+  }
+
+  void reset_fault() {
+    check(cudaMemsetAsync(device_.fault, 0, sizeof(FaultRecord), device_.stream), "fault");
+    check(cudaMemsetAsync(&device_.fault->key, 0xff, sizeof device_.fault->key, device_.stream), "fault");
   }
 
   void write_recorded(void* to, const void* from, size_t bytes) {

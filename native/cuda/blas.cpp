@@ -5,6 +5,7 @@
 // once for each shape and kept.
 #include "cuda/blas.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -144,8 +145,16 @@ class CublasLt final : public Blas {
     if (workspace_) cudaFree(workspace_);
   }
 
-  void run(const Device& device, const Product& p) override {
+  void run(const Device& device, const Product& product) override {
+    Product p = product;
     if (p.m == 0 || p.n == 0) return;
+    if (p.bias && p.accumulate) refuse("a product with a bias does not accumulate", p);
+    // The library's kernels for rows that are no whole vectors add the bias to a sum that is rounded already.
+    if (p.bias && (p.k == 0 || !vectors(p))) {
+      bias_rows(device, p);
+      p.bias = nullptr;
+      p.accumulate = true;
+    }
     if (p.k == 0) return empty_sum(device, p);
     if (!handle_) open();
     const Plan& plan = plan_of(p);
@@ -172,16 +181,10 @@ class CublasLt final : public Blas {
   static constexpr size_t kWorkspace = size_t{32} << 20;  // what NVIDIA recommends for 9.0
   using Key = std::array<int64_t, 16>;
 
-  // The first product may be one that is being captured into a graph; what is made here is not part of it.
   void open() {
     lib_ = load_all();
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    cuda::check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    const cudaError_t room = workspace_ ? cudaSuccess : cudaMalloc(&workspace_, kWorkspace);
-    const Status created = room == cudaSuccess ? lib_.create(&handle_) : 0;
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    cuda::check(room, "cuBLASLt's workspace");
-    check(created, "cublasLtCreate");
+    if (!workspace_) cuda::check(cudaMalloc(&workspace_, kWorkspace), "cuBLASLt's workspace");
+    check(lib_.create(&handle_), "cublasLtCreate");
   }
 
   const Plan& plan_of(const Product& p) {
@@ -259,16 +262,24 @@ class CublasLt final : public Blas {
     if (plan.descriptor) lib_.descriptor_destroy(plan.descriptor);
   }
 
+  static bool vectors(const Product& p) {
+    return p.a.ld * size_of(p.a.dtype) % 16 == 0 && p.b.ld * size_of(p.b.dtype) % 16 == 0 && p.ldc * size_of(p.c_dtype) % 16 == 0;
+  }
+
+  // Every row of c becomes the bias: one is copied, then as many as there are.
+  static void bias_rows(const Device& device, const Product& p) {
+    const size_t pitch = p.ldc * size_of(p.c_dtype), width = p.n * size_of(p.c_dtype);
+    cuda::check(cudaMemcpyAsync(p.c, p.bias, width, cudaMemcpyDeviceToDevice, device.stream), "cudaMemcpyAsync");
+    for (int64_t rows = 1; rows < p.m; rows *= 2)
+      cuda::check(cudaMemcpy2DAsync(static_cast<char*>(p.c) + rows * pitch, pitch, p.c, pitch, width, std::min(rows, p.m - rows),
+                                    cudaMemcpyDeviceToDevice, device.stream),
+                  "cudaMemcpy2DAsync");
+  }
+
   // Sums over nothing.
   static void empty_sum(const Device& device, const Product& p) {
-    if (p.accumulate && !p.bias) return;
-    if (p.accumulate) refuse("a bias is added to a product of no columns that accumulates", p);
     const size_t bytes = size_of(p.c_dtype);
-    if (!p.bias) cuda::check(cudaMemset2DAsync(p.c, p.ldc * bytes, 0, p.n * bytes, p.m, device.stream), "cudaMemset2DAsync");
-    else
-      for (int64_t i = 0; i < p.m; ++i)
-        cuda::check(cudaMemcpyAsync(static_cast<char*>(p.c) + i * p.ldc * bytes, p.bias, p.n * bytes, cudaMemcpyDeviceToDevice, device.stream),
-                    "cudaMemcpyAsync");
+    if (!p.accumulate) cuda::check(cudaMemset2DAsync(p.c, p.ldc * bytes, 0, p.n * bytes, p.m, device.stream), "cudaMemset2DAsync");
   }
 
   static std::string text_of(const Product& p) {

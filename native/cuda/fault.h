@@ -8,12 +8,15 @@
 
 namespace limbeck::cuda {
 
-// Lies where both sides see it. The first position wins; all words of one op are the same whoever writes them.
+// Lies on the device; each read brings a copy of it, made where the read has its place in the stream. The op that faults first owns it,
+// and of its positions the first one wins.
 struct FaultRecord {
   static constexpr unsigned long long no_key = ~0ull;
   unsigned long long key = no_key;  // position << 32 | value
-  unsigned long long kind = 0, op = 0, limit = 0;
+  unsigned long long origin = 0;    // the address of the op's name, with the kind in the byte above it
+  unsigned long long limit = 0;
 };
+constexpr int kFaultKindShift = 56;
 
 // Handed to kernels that check their data: `check.refuse(position, value)`.
 struct FaultCheck {
@@ -24,12 +27,11 @@ struct FaultCheck {
 
 #if defined(__CUDACC__) || defined(LIMBECK_EMULATE)
   __device__ void refuse(int64_t position, int32_t value) const {
-    const unsigned long long key = static_cast<unsigned long long>(position) << 32 | static_cast<uint32_t>(value);
-    atomicMin(&record->key, key);
-    atomicExch(&record->kind, static_cast<unsigned long long>(kind));
-    atomicExch(&record->op, reinterpret_cast<unsigned long long>(op));
+    const unsigned long long origin = reinterpret_cast<unsigned long long>(op) | static_cast<unsigned long long>(kind) << kFaultKindShift;
+    const unsigned long long owner = atomicCAS(&record->origin, 0ull, origin);
+    if (owner != 0 && owner != origin) return;
     atomicExch(&record->limit, static_cast<unsigned long long>(limit));
-    __threadfence_system();
+    atomicMin(&record->key, static_cast<unsigned long long>(position) << 32 | static_cast<uint32_t>(value));
   }
 #endif
 };

@@ -91,7 +91,8 @@ describe('published values, without T²', () => {
       return { total: out.total, rows: out.kl };
     });
     close([got.total, got.rows[0]!, got.totalWithGradient], [value, value, value], 4e-7);
-    close(got.gradient, gradient, 1e-7);
+    // A GPU's exponentials and logarithms are good to two units of the last place.
+    close(got.gradient, gradient, testDevice === 'cuda' ? 4e-7 : 1e-7);
   });
 
   test('a soft cap', async () => {
