@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       for (int i = 0; i < end - begin; ++i) {
         const int key = (end - 1 - i) * BN, k_stage = stage_of<2>(i), v_stage = stage_of<VS>(i);
-        ptx::mbarrier_wait_cluster(k_empty + k_stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_wait(k_empty + k_stage, parity_of<2>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(k_full + k_stage, 4 * kTile);
         load_shared_rows<D, BN>(k + k_stage * kTile, k_map, k_full + k_stage, kv_head, key, batch, f.cluster);
-        ptx::mbarrier_wait_cluster(v_empty + v_stage, parity_of<VS>(i) ^ 1);
+        ptx::mbarrier_wait(v_empty + v_stage, parity_of<VS>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(v_full + v_stage, 4 * kTile);
         load_shared_rows<D, BN>(v + v_stage * kTile, v_map, v_full + v_stage, kv_head, key, batch, f.cluster);
       }
@@ -193,9 +193,13 @@ struct Aside {
 template <int D>
 constexpr int kKeysOfBlock = D == 256 ? kRows : 2 * kRows;
 
+// Of queries and their gradients. With 256 there is room for no more.
 template <int D>
-constexpr size_t kKeyShared =
-    4 * (2 * kTileWords<D, kKeysOfBlock<D>> + 4 * kTileWords<D, kRows> + 4 * kRows) + (D == 256 ? 8192 : 0) + 256 * sizeof(Seen) + 192;
+constexpr int kQueryStages = D == 256 ? 2 : 3;
+
+template <int D>
+constexpr size_t kKeyShared = 4 * (2 * kTileWords<D, kKeysOfBlock<D>> + 2 * kQueryStages<D>*(kTileWords<D, kRows> + kRows)) +
+                              (D == 256 ? 8192 : 0) + 256 * sizeof(Seen) + 256;
 
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -204,20 +208,20 @@ __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ Backward f) {
 #if LIMBECK_HOPPER
   constexpr bool kSplit = D == 256;
-  constexpr int BM = kKeysOfBlock<D>, BN = kRows, kTile = kTileWords<D, BN>;
+  constexpr int BM = kKeysOfBlock<D>, BN = kRows, kTile = kTileWords<D, BN>, kStages = kQueryStages<D>;
   Shared shared;
   uint32_t* k = shared.take<uint32_t>(kTileWords<D, BM>, 1024);
   uint32_t* v = shared.take<uint32_t>(kTileWords<D, BM>, 1024);
-  uint32_t* q = shared.take<uint32_t>(2 * kTile, 1024);
-  uint32_t* dy = shared.take<uint32_t>(2 * kTile, 1024);
+  uint32_t* q = shared.take<uint32_t>(kStages * kTile, 1024);
+  uint32_t* dy = shared.take<uint32_t>(kStages * kTile, 1024);
   uint4* passed = kSplit ? shared.take<uint4>(4 * 128) : nullptr;
-  float* lse2 = shared.take<float>(2 * BN);  // each comes with the tile that the warpgroup reads first
-  float* delta = shared.take<float>(2 * BN);
+  float* lse2 = shared.take<float>(kStages * BN);  // each comes with the tile that the warpgroup reads first
+  float* delta = shared.take<float>(kStages * BN);
   Seen* seen_by = shared.take<Seen>(256);  // what each thread's rows see, for the few steps that ask
   Aside* aside = shared.take<Aside>(1);
-  uint64_t* barriers = shared.take<uint64_t>(13);
-  uint64_t* old_full = barriers + 9;  // for each compute warpgroup's dK and dV
-  uint64_t *keys_full = barriers, *q_full = barriers + 1, *dy_full = barriers + 3, *q_empty = barriers + 5, *dy_empty = barriers + 7;
+  uint64_t* barriers = shared.take<uint64_t>(5 + 4 * kStages);
+  uint64_t *keys_full = barriers, *old_full = barriers + 1;  // that for each compute warpgroup's dK and dV
+  uint64_t *q_full = barriers + 5, *dy_full = q_full + kStages, *q_empty = dy_full + kStages, *dy_empty = q_empty + kStages;
 
   const Problem& p = f.p;
   const int cluster = kSplit ? f.cluster : 1;
@@ -238,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init(keys_full, 1);
     for (int i = 0; i < 4; ++i) ptx::mbarrier_init(old_full + i, 1);
     *aside = {begin, end, all_begin, all_end, batch, kv_head, key0};
-    init_ring(q_full, q_empty, cluster);
-    init_ring(dy_full, dy_empty, cluster);
+    init_ring<kStages>(q_full, q_empty, cluster);
+    init_ring<kStages>(dy_full, dy_empty, cluster);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -255,13 +259,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       int head = kv_head * p.group, block = begin;
       for (int i = 0; i < steps; ++i) {
-        const int stage = stage_of<2>(i);
+        const int stage = stage_of<kStages>(i);
         const int64_t statistics = (static_cast<int64_t>(batch) * p.h + head) * f.padded + block * BN;
-        ptx::mbarrier_wait_cluster(q_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_wait(q_empty + stage, parity_of<kStages>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(q_full + stage, 4 * (kTile + BN));
         load_shared_rows<D, BN>(q + stage * kTile, q_map, q_full + stage, head, block * BN, batch, cluster);
         ptx::bulk_load(lse2 + stage * BN, f.lse2 + statistics, 4 * BN, q_full + stage);
-        ptx::mbarrier_wait_cluster(dy_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_wait(dy_empty + stage, parity_of<kStages>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(dy_full + stage, 4 * (kTile + BN));
         load_shared_rows<D, BN>(dy + stage * kTile, dy_map, dy_full + stage, head, block * BN, batch, cluster);
         ptx::bulk_load(delta + stage * BN, f.delta + statistics, 4 * BN, dy_full + stage);
@@ -337,17 +341,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     float dk[D / 2], dv[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
+    uint32_t ds[BN / 16][4];
+    // The sums are waited for when the next scores are begun, which takes registers that there are not with 128.
+    constexpr bool kAhead = D < 128;
     int block = aside->begin;
     for (int i = 0; i < steps; ++i) {
-      const int stage = stage_of<2>(i);
+      const int stage = stage_of<kStages>(i);
       float x[BN / 2], dp[BN / 2];
-      uint32_t weights[BN / 16][4], damped[BN / 16][4], ds[BN / 16][4];
-      ptx::mbarrier_wait(q_full + stage, parity_of<2>(i));
+      uint32_t weights[BN / 16][4], damped[BN / 16][4];
+      ptx::mbarrier_wait(q_full + stage, parity_of<kStages>(i));
       multiply_rows<BN, D>(x, k_rows, BM, q + stage * kTile, BN);
-      ptx::mbarrier_wait(dy_full + stage, parity_of<2>(i));
+      ptx::mbarrier_wait(dy_full + stage, parity_of<kStages>(i));
       multiply_rows<BN, D>(dp, v_rows, BM, dy + stage * kTile, BN);
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<1>();  // the scores, and before them the last queries' parts of dK and dV
       ptx::wgmma_settle(x);
+      if (kAhead && i > 0) {
+        release(q_empty + stage_of<kStages>(i - 1), 1);
+        release(dy_empty + stage_of<kStages>(i - 1), 1);
+      }
       weigh_queries(x, damped, lse2 + stage * BN, block, [&weights](int j, const float (&w)[4]) __attribute__((always_inline)) {
         weights[j / 2][j % 2 * 2] = pack_bf16(w[0], w[1]);
         weights[j / 2][j % 2 * 2 + 1] = pack_bf16(w[2], w[3]);
@@ -358,109 +369,90 @@ __global__ void __launch_bounds__(kThreads, 1)
       differentiate(damped, dp, delta + stage * BN, block);
       pack<BN>(dp, ds);
       multiply_columns<D, BN>(dk, ds, q + stage * kTile);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_settle(dk);
-      ptx::wgmma_settle(dv);
-      release(q_empty + stage, 1);
-      release(dy_empty + stage, 1);
+      if constexpr (!kAhead) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_settle(dk);
+        ptx::wgmma_settle(dv);
+        release(q_empty + stage, 1);
+        release(dy_empty + stage, 1);
+      }
       if (++block == aside->end) block = aside->begin;
     }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(dk);
+    ptx::wgmma_settle(dv);
     if (f.dk) put_rows<D>(dk, p.scale, f.add_dk, dk_map, k_rows, BM, old_full + 2 * part / kRows, aside->head, aside->key + part, aside->batch);
     if (f.dv) put_rows<D>(dv, 1.f, f.add_dv, dv_map, v_rows, BM, old_full + 2 * part / kRows + 1, aside->head, aside->key + part, aside->batch);
   } else {
+    // Each warpgroup begins its sum and then its next scores, and computes while the other's products run. What a sum has read is
+    // released before the scores are there, so that a stage is filled again during a whole step.
     constexpr int kPassed = 3, kTaken = 4;  // barriers of both warpgroups
     uint4* mine = passed + threadIdx.x % 128;
-    float sum[D / 2];
-    uint32_t factor[BN / 16][4];
+    float sum[D / 2], x[BN / 2];
+    uint32_t factor[BN / 16][4], damped[BN / 16][4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) sum[i] = 0;
     int block = aside->begin;
     if (warpgroup_of_thread() == 1) {
-      const auto weigh_and_pass = [&](float (&x)[BN / 2], int i) __attribute__((always_inline)) {
-        uint32_t damped[BN / 16][4];
-        weigh_queries(x, damped, lse2 + stage_of<2>(i) * BN, block, [&x](int j, const float (&w)[4]) __attribute__((always_inline)) {
+      const auto begin_scores = [&](int i) __attribute__((always_inline)) {
+        ptx::mbarrier_wait(q_full + stage_of<2>(i), parity_of<2>(i));
+        multiply_rows<BN, D>(x, k, BM, q + stage_of<2>(i) * kTile, BN);
+      };
+      const auto step = [&](int i, auto more) __attribute__((always_inline)) {
+        const int stage = stage_of<2>(i);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_settle(x);
+        weigh_queries(x, damped, lse2 + stage * BN, block, [&x](int j, const float (&w)[4]) __attribute__((always_inline)) {
           for (int l = 0; l < 4; ++l) x[4 * j + l] = w[l];
         });
         if (++block == aside->end) block = aside->begin;
-        release(q_empty + stage_of<2>(i), f.cluster);
+        release(q_empty + stage, f.cluster);
         if (i > 0) ptx::bar_sync(kTaken, 256);
 #pragma unroll
         for (int j = 0; j < BN / 16; ++j) mine[j * 128] = make_uint4(damped[j][0], damped[j][1], damped[j][2], damped[j][3]);
         ptx::bar_arrive(kPassed, 256);
-        if (i > 0) {
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_settle(x);
-          ptx::wgmma_settle(sum);
-          release(dy_empty + stage_of<2>(i - 1), f.cluster);
-        }
         pack<BN>(x, factor);
+        ptx::mbarrier_wait(dy_full + stage, parity_of<2>(i));
+        multiply_columns<D, BN>(sum, factor, dy + stage * kTile);
+        if constexpr (decltype(more)::value) begin_scores(i + 1);
+        ptx::wgmma_wait<decltype(more)::value ? 1 : 0>();
+        ptx::wgmma_settle(sum);
+        release(dy_empty + stage, f.cluster);
       };
-      {
-        float x[BN / 2];
-        ptx::mbarrier_wait(q_full, 0);
-        multiply_rows<BN, D>(x, k, BM, q, BN);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_settle(x);
-        weigh_and_pass(x, 0);
-      }
-      for (int i = 1; i < steps; ++i) {
-        float x[BN / 2];
-        ptx::mbarrier_wait(q_full + stage_of<2>(i), parity_of<2>(i));
-        multiply_rows<BN, D>(x, k, BM, q + stage_of<2>(i) * kTile, BN);
-        ptx::mbarrier_wait(dy_full + stage_of<2>(i - 1), parity_of<2>(i - 1));
-        multiply_columns<D, BN>(sum, factor, dy + stage_of<2>(i - 1) * kTile);
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_settle(x);
-        weigh_and_pass(x, i);
-      }
-      ptx::mbarrier_wait(dy_full + stage_of<2>(steps - 1), parity_of<2>(steps - 1));
-      multiply_columns<D, BN>(sum, factor, dy + stage_of<2>(steps - 1) * kTile);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_settle(sum);
+      begin_scores(0);
+      for (int i = 0; i + 1 < steps; ++i) step(i, std::true_type{});
+      step(steps - 1, std::false_type{});
       if (f.dv) put_rows<D>(sum, 1.f, f.add_dv, dv_map, k, BM, old_full + 1, aside->head, aside->key + part, aside->batch);
     } else {
-      const auto take_and_differentiate = [&](float (&x)[BN / 2], int i) __attribute__((always_inline)) {
-        uint32_t damped[BN / 16][4];
+      const auto begin_slopes = [&](int i) __attribute__((always_inline)) {
+        ptx::mbarrier_wait(dy_full + stage_of<2>(i), parity_of<2>(i));
+        multiply_rows<BN, D>(x, v, BM, dy + stage_of<2>(i) * kTile, BN);
+      };
+      const auto step = [&](int i, auto more) __attribute__((always_inline)) {
+        const int stage = stage_of<2>(i);
         ptx::bar_sync(kPassed, 256);
 #pragma unroll
         for (int j = 0; j < BN / 16; ++j) {
           const uint4 w = mine[j * 128];
           damped[j][0] = w.x, damped[j][1] = w.y, damped[j][2] = w.z, damped[j][3] = w.w;
         }
-        if (i + 1 < steps) ptx::bar_arrive(kTaken, 256);
-        differentiate(damped, x, delta + stage_of<2>(i) * BN, block);
-        if (++block == aside->end) block = aside->begin;
-        release(dy_empty + stage_of<2>(i), f.cluster);
-        if (i > 0) {
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_settle(sum);
-          release(q_empty + stage_of<2>(i - 1), f.cluster);
-        }
-        ptx::wgmma_settle(x);
-        pack<BN>(x, factor);
-      };
-      {
-        float x[BN / 2];
-        ptx::mbarrier_wait(dy_full, 0);
-        multiply_rows<BN, D>(x, v, BM, dy, BN);
+        if constexpr (decltype(more)::value) ptx::bar_arrive(kTaken, 256);
         ptx::wgmma_wait<0>();
         ptx::wgmma_settle(x);
-        take_and_differentiate(x, 0);
-      }
-      for (int i = 1; i < steps; ++i) {
-        float x[BN / 2];
-        ptx::mbarrier_wait(dy_full + stage_of<2>(i), parity_of<2>(i));
-        multiply_rows<BN, D>(x, v, BM, dy + stage_of<2>(i) * kTile, BN);
-        ptx::mbarrier_wait(q_full + stage_of<2>(i - 1), parity_of<2>(i - 1));
-        multiply_columns<D, BN>(sum, factor, q + stage_of<2>(i - 1) * kTile);
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_settle(x);
-        take_and_differentiate(x, i);
-      }
-      ptx::mbarrier_wait(q_full + stage_of<2>(steps - 1), parity_of<2>(steps - 1));
-      multiply_columns<D, BN>(sum, factor, q + stage_of<2>(steps - 1) * kTile);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_settle(sum);
+        differentiate(damped, x, delta + stage * BN, block);
+        if (++block == aside->end) block = aside->begin;
+        release(dy_empty + stage, f.cluster);
+        pack<BN>(x, factor);
+        ptx::mbarrier_wait(q_full + stage, parity_of<2>(i));
+        multiply_columns<D, BN>(sum, factor, q + stage * kTile);
+        if constexpr (decltype(more)::value) begin_slopes(i + 1);
+        ptx::wgmma_wait<decltype(more)::value ? 1 : 0>();
+        ptx::wgmma_settle(sum);
+        release(q_empty + stage, f.cluster);
+      };
+      begin_slopes(0);
+      for (int i = 0; i + 1 < steps; ++i) step(i, std::true_type{});
+      step(steps - 1, std::false_type{});
       if (f.dk) put_rows<D>(sum, p.scale, f.add_dk, dk_map, v, BM, old_full, aside->head, aside->key + part, aside->batch);
     }
   }

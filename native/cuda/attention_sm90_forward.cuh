@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
       for (int i = 0; i < end - begin; ++i) {
         const int stage = stage_of<2>(i), key = (end - 1 - i) * BN;
-        ptx::mbarrier_wait_cluster(k_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_wait(k_empty + stage, parity_of<2>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(k_full + stage, 4 * kTile);
         load_shared_rows<D, BN>(k + stage * kTile, k_map, k_full + stage, kv_head, key, batch, f.cluster);
-        ptx::mbarrier_wait_cluster(v_empty + stage, parity_of<2>(i) ^ 1);
+        ptx::mbarrier_wait(v_empty + stage, parity_of<2>(i) ^ 1);
         ptx::mbarrier_arrive_expect_tx(v_full + stage, 4 * kTile);
         load_shared_rows<D, BN>(v + stage * kTile, v_map, v_full + stage, kv_head, key, batch, f.cluster);
       }

@@ -82,9 +82,10 @@ __device__ __forceinline__ uint32_t parity_of(int i) {
   return static_cast<uint32_t>(i / Stages) & 1;
 }
 
-// The barriers of a ring of at most two stages that the blocks of a cluster fill for each other, by the one thread that sets them up.
+// The barriers of a ring that the blocks of a cluster fill for each other, by the one thread that sets them up.
+template <int Stages = 2>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int cluster) {
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < Stages; ++i) {
     ptx::mbarrier_init(full + i, 1);
     ptx::mbarrier_init(empty + i, kWarps * cluster);
   }

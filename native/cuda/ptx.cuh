@@ -368,18 +368,10 @@ LIMBECK_DEVICE uint32_t mapa(const void* shared, uint32_t rank) {
   LIMBECK_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   return address;
 }
+// Without a scope: a release to the whole cluster would first wait until all that this thread ever wrote is seen by the whole GPU, and
+// who arrives here has only read.
 LIMBECK_DEVICE void mbarrier_arrive_cluster(uint32_t barrier) {
-  LIMBECK_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// As mbarrier_try_wait, where other blocks of the cluster arrive too.
-LIMBECK_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0)
-    LIMBECK_SM90(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+  LIMBECK_SM90("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 LIMBECK_DEVICE void store_cluster(uint32_t address, float x, float y, float z, float w) {
   LIMBECK_SM90("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");

@@ -573,7 +573,7 @@ __global__ void cluster_kernel(const __grid_constant__ TensorMap map, int* out, 
   ptx::mbarrier_arrive_cluster(ptx::mapa(barriers + 2, peer));
   ptx::mbarrier_wait(barriers, 0);
   ptx::mbarrier_wait(barriers + 1, 0);
-  ptx::mbarrier_wait_cluster(barriers + 2, 0);
+  ptx::mbarrier_wait(barriers + 2, 0);
   ptx::cluster_sync();
   const int at = static_cast<int>(blockIdx.x) * 32 + i;
   out[at] = static_cast<int>(got[0]) * 10 + static_cast<int>(ptx::cluster_size());

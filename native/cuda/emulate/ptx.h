@@ -200,7 +200,6 @@ inline void cluster_sync() {
 }
 inline uint32_t mapa(const void* shared, uint32_t rank) { return emulate::map_to_block(emulate::shared_address(shared), rank); }
 inline void mbarrier_arrive_cluster(uint32_t barrier) { emulate::mbarrier_arrive(barrier, true, 0); }
-inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
 inline void store_cluster(uint32_t address, float x, float y, float z, float w) {
   const float values[] = {x, y, z, w};
   emulate::store_cluster(address, values, 4);
