@@ -144,10 +144,13 @@ interface Step {
   readonly length: number;
   /** Teacher's weights. */
   readonly weights?: 'bf16' | 'fp8';
+  /** Whether layers are computed again in the backward pass: what does not fit 80 GB otherwise. */
+  readonly recompute: boolean;
 }
 
 const steps: Step[] = [
-  { name: '2B train', student: two, options: {}, length: T },
+  { name: '2B train', student: two, options: {}, length: T, recompute: false },
+  { name: '2B train, recompute', student: two, options: {}, length: T, recompute: true },
   {
     name: '27B to 2B distill, bf16 teacher',
     student: two,
@@ -155,6 +158,7 @@ const steps: Step[] = [
     options: { master: false },
     length: T,
     weights: 'bf16',
+    recompute: true,
   },
   {
     name: '27B to 2B distill, fp8 teacher',
@@ -163,6 +167,7 @@ const steps: Step[] = [
     options: { master: false },
     length: T,
     weights: 'fp8',
+    recompute: true,
   },
 ];
 
@@ -207,7 +212,7 @@ async function timeStep(step: Step, peak: Ceilings): Promise<Result[]> {
   };
   const targets = tensor(ids.map((_, i) => ids[(i + 1) % length]!));
   const weights = tensor(new Float32Array(length).fill(1 / length));
-  const hidden = (m: LanguageModel): Tensor => reshape(m.hidden(input, { recompute: true }), [-1, m.config.width]);
+  const hidden = (m: LanguageModel): Tensor => reshape(m.hidden(input, { recompute: step.recompute }), [-1, m.config.width]);
   const run = (): Tensor => {
     const loss = valueAndGrad(() => {
       if (teacher === undefined)
