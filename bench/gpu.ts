@@ -167,7 +167,7 @@ const steps: Step[] = [
     options: { master: false },
     length: T,
     weights: 'fp8',
-    recompute: true,
+    recompute: false,
   },
 ];
 

@@ -57,7 +57,11 @@ struct Parameters {
   template <class Lanes>
   LIMBECK_INLINE void put(int64_t i, Lanes lanes, Vec v, int64_t count) const {
     if (alone) {
-      for (int64_t k = 0; k < count; ++k) alone[i + k] = round_by_chance(v[k], seed, step, static_cast<uint64_t>(i + k));
+      for (int64_t k = 0; k < count;) {
+        const Chances chances(seed, step, static_cast<uint64_t>(i + k));
+        do alone[i + k] = round_by_chance(v[k], chances[static_cast<int>((i + k) % 8)]);
+        while (++k < count && (i + k) % 8 != 0);
+      }
       return;
     }
     lanes.put(p + i, v);
@@ -134,9 +138,10 @@ static void adamw_8bit(const Call& call) {
       });
       ms = m_largest;
       vs = v_largest;
+      const float m_share = share_of(m_largest), v_share = share_of(v_largest);
       for (int64_t i = 0; i < count; ++i) {
-        m[from + i] = pack_first(first[i], m_largest);
-        v[from + i] = pack_second(second[i], v_largest);
+        m[from + i] = pack_first(first[i], m_share);
+        v[from + i] = pack_second(second[i], v_share);
       }
     }
   });

@@ -111,9 +111,18 @@ __device__ __forceinline__ void put_parameters(float* p, bf16* copy, int64_t i, 
   if (copy) put(copy + i, count, x);
 }
 __device__ __forceinline__ void put_parameters(bf16* p, bf16*, int64_t i, int count, const Eight& x, const Update& u) {
+  const Chances chances(u.seed, u.step, static_cast<uint64_t>(i));
+  uint16_t rounded[kLane];
+#pragma unroll
+  for (int k = 0; k < kLane; ++k) rounded[k] = round_by_chance(x.v[k], chances[k]);
+  if (whole(p + i, count)) {
+    const auto pair = [&](int k) { return rounded[k] | static_cast<uint32_t>(rounded[k + 1]) << 16; };
+    *reinterpret_cast<uint4*>(p + i) = make_uint4(pair(0), pair(2), pair(4), pair(6));
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kLane; ++k)
-    if (k < count) p[i + k].bits = round_by_chance(x.v[k], u.seed, u.step, static_cast<uint64_t>(i + k));
+    if (k < count) p[i + k].bits = rounded[k];
 }
 
 template <class P>
@@ -172,11 +181,12 @@ __global__ void __launch_bounds__(kThreads) update_8bit(P* p, const float* g, ui
   v_largest = warp_largest(v_largest);
   __syncwarp();  // all have read the old scales
   if (i % kMomentBlock == 0) m_scale[block] = m_largest, v_scale[block] = v_largest;
+  const float m_share = share_of(m_largest), v_share = share_of(v_largest);
   uint64_t m_new = 0, v_new = 0;
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
-    m_new |= static_cast<uint64_t>(pack_first(first.v[k], m_largest)) << 8 * k;
-    v_new |= static_cast<uint64_t>(pack_second(second.v[k], v_largest)) << 8 * k;
+    m_new |= static_cast<uint64_t>(pack_first(first.v[k], m_share)) << 8 * k;
+    v_new |= static_cast<uint64_t>(pack_second(second.v[k], v_share)) << 8 * k;
   }
   put_codes(m + i, count, m_new);
   put_codes(v + i, count, v_new);

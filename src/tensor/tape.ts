@@ -231,7 +231,7 @@ export function zeroGrad(parameters: Iterable<Tensor>): void {
  * @param inputs tensors through which gradients flow into `f`.
  */
 export function recompute(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
-  if (recording === undefined) return f(...inputs);
+  if (recording === undefined) return scope(() => f(...inputs));
   const output = noGrad(() => scope(() => f(...inputs)));
   for (const t of inputs) addUse(t);
   record({

@@ -132,6 +132,11 @@ test('recompute gives the same bits and frees what is inside', async () => {
     gradients.push([...(await w.grad!.read()), ...(await x.grad!.read())]);
   }
   expect(gradients[1]).toEqual(gradients[0]);
+  // Where no tape records, too: a frozen teacher's layers leave nothing behind.
+  const before = memory().tensors;
+  using y = noGrad(() => recompute(block, x));
+  expect(memory().tensors).toBe(before + 1);
+  expect(await y.read()).toHaveLength(3);
 });
 
 test('nothing is left after a backward pass, nor after one that fails', async () => {
