@@ -218,6 +218,7 @@ export {
   renderExamples,
   renderStage,
 } from './synth/instruct/render.ts';
+export { reportInstructions } from './synth/instruct/report.ts';
 export {
   chainStage,
   type InstructionChain,

@@ -3,11 +3,12 @@
 import { execFile } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
-import { availableParallelism, cpus, freemem, release, totalmem } from 'node:os';
+import { availableParallelism, cpus, freemem, release } from 'node:os';
 import { join } from 'node:path';
 import { styleText } from 'node:util';
 import { LimbeckError } from '../tensor/errors.ts';
 import type { BackendInfo } from '../tensor/info.ts';
+import { machineMemory } from '../tensor/machine.ts';
 import { bytes } from '../train/format.ts';
 import { wantsColor } from '../train/progress.ts';
 import { command, commonArguments, Exit, exitCode } from './command.ts';
@@ -59,7 +60,7 @@ async function examine(): Promise<Examination> {
     Machine: [
       ok('processor', cpus()[0]?.model.trim() || 'unknown'),
       ok('cores', `${availableParallelism()} for this process`),
-      ok('memory', `${bytes(totalmem())}, ${bytes(freemem())} free`),
+      ok('memory', `${bytes(machineMemory())}, ${bytes(freemem())} free`),
       ok('system', `${process.platform}-${process.arch}, kernel ${release()}${info?.libc ? `, ${info.libc}` : ''}`),
     ],
     Software: [

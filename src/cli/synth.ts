@@ -1,7 +1,6 @@
 // limbeck synth STAGE: data from models, and what becomes of data
 
 import { join } from 'node:path';
-import type { InstructionChain } from '../synth/instruct/synthesize.ts';
 import type { ComparedRecord, Winner } from '../synth/judge.ts';
 import type { Pipeline, PipelineEvent } from '../synth/pipeline.ts';
 import type { Provider } from '../synth/provider.ts';
@@ -243,8 +242,9 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
     const { textFiles } = await import('../data/source.ts');
     const { passageStage, textRecords } = await import('../synth/instruct/passages.ts');
     const { documentStage, renderStage } = await import('../synth/instruct/render.ts');
-    const { synthesisReport, synthesizeInstructions } = await import('../synth/instruct/synthesize.ts');
-    const { pipeline, readManifest, readRecords, runPipeline } = await import('../synth/pipeline.ts');
+    const { reportInstructions } = await import('../synth/instruct/report.ts');
+    const { synthesizeInstructions } = await import('../synth/instruct/synthesize.ts');
+    const { pipeline, readManifest, runPipeline } = await import('../synth/pipeline.ts');
     const local = remote ? undefined : await resolveCheckpoint(args.provider);
     const tokenizer = await tokenizerAt(args.tokenizer ?? local!);
     const most = local === undefined ? 4096 : Math.min(4096, (await loadConfig(local)).context);
@@ -272,9 +272,8 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
       await follow((signal) => metered(runPipeline(stages, { output, seed, signal }), provider), args.json);
     };
     await withProvider(args, run, { context });
-    const files = new Map((await readManifest(output)).map(({ stage, file }) => [stage, join(output, file)]));
-    const report = await synthesisReport(readRecords<InstructionChain>(files.get(`round-${rounds}`)!));
-    const documents = files.get('documents')!;
+    const { report } = await reportInstructions(output);
+    const documents = join(output, (await readManifest(output)).at(-1)!.file);
     if (args.json) {
       process.stdout.write(`${JSON.stringify({ type: 'report', documents, ...report })}\n`);
       return;
@@ -283,7 +282,8 @@ limbeck synth instruct corpus.jsonl --provider http://127.0.0.1:8000/v1 --model-
     process.stdout.write(
       `pairs        ${count(report.pairs)} for ${count(report.withPairs)} of ${count(report.texts)} texts, ${count(report.tooLong)} too long\n` +
         `no pairs     ${defects.length > 0 ? defects.join(', ') : 'none'}; ${count(report.cutOff)} answers cut off\n` +
-        `documents    ${documents}\n`,
+        `documents    ${documents}\n` +
+        `report       ${join(output, 'report.html')}\n`,
     );
   },
 });
@@ -477,17 +477,21 @@ const report = command({
   },
   examples: 'limbeck synth report runs/magpie --title "A thousand instructions"',
   async run({ args }) {
+    const { lastRound, reportInstructions } = await import('../synth/instruct/report.ts');
     const { reportOutput, writeDatasetReport } = await import('../synth/report.ts');
-    const { readRecords } = await import('../synth/pipeline.ts');
+    const { readManifest, readRecords } = await import('../synth/pipeline.ts');
     const isFile = args.data.endsWith('.jsonl');
     const path = args.out ?? (isFile ? 'report.html' : join(args.data, 'report.html'));
+    const ofPairs = !isFile && lastRound(await readManifest(args.data)) !== undefined;
     const survey = isFile
       ? await writeDatasetReport(
           path,
           readRecords<InstructionRecord>(args.data),
           args.title === undefined ? {} : { title: args.title },
         )
-      : await reportOutput(args.data, path, args.title);
+      : ofPairs
+        ? (await reportInstructions(args.data, path, args.title)).survey
+        : await reportOutput(args.data, path, args.title);
     process.stdout.write(args.json ? `${JSON.stringify({ type: 'report', path, records: survey.records })}\n` : `${path}\n`);
   },
 });

@@ -19,7 +19,7 @@ import {
 } from './mixture.ts';
 import { type Batch, checkLayout, type Layout, layOut } from './pack.ts';
 import { type Piece, Rows, type RowsState, readRow, type Segments, segmentsOf, shuffledOrder, storeOrder } from './rows.ts';
-import type { Malformed, Source } from './source.ts';
+import { inFiles, type Malformed, type Source } from './source.ts';
 import { type Held, holdOut } from './split.ts';
 import { type CorpusReport, tokenize } from './tokenize.ts';
 import { openTokenFile, type TokenStore } from './tokens.ts';
@@ -35,7 +35,7 @@ export interface DatasetOptions extends Layout {
   readonly tokenizer: Tokenizer;
   /** Seed of the split and of the order of training. Default 0. */
   readonly seed?: number;
-  /** Put the begin token before each text. Default: where the tokenizer has one. */
+  /** Put the begin token before each text. Default: where the tokenizer begins texts. */
   readonly bos?: boolean;
   /** Put the end token behind each text. Default: where the tokenizer has one. */
   readonly eos?: boolean;
@@ -123,7 +123,7 @@ export async function openDataset(options: DatasetOptions): Promise<TextDataset>
     opened.push(corpus);
     if (sources.length > 0 && corpus.store.tokens === 0) {
       throw new DataError(
-        `openDataset: the ${what} data has no text: ${corpus.report.documents} documents, ${corpus.report.malformedCount} malformed`,
+        `openDataset: the ${what} data has no text: ${corpus.report.documents} documents, ${corpus.report.malformedCount} malformed${await inFiles(sources)}`,
         {
           code: 'ERR_EMPTY',
           op: 'openDataset',
@@ -346,7 +346,7 @@ interface Corpus {
 async function openCorpus(sources: readonly Source[], options: DatasetOptions): Promise<Corpus> {
   const limit = options.memoryLimit ?? 2 ** 30;
   const { tokenizer, cacheTokens } = options;
-  const bos = (options.bos ?? true) ? tokenizer.bos : undefined;
+  const bos = (options.bos ?? tokenizer.begins) ? tokenizer.bos : undefined;
   const eos = (options.eos ?? true) ? tokenizer.eos : undefined;
   for (const [name, id] of Object.entries({ bos, eos })) {
     if (options[name as 'bos' | 'eos'] !== true || id !== undefined) continue;

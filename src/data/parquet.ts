@@ -14,14 +14,28 @@ const mostBytes = 1 << 30;
 const mostGrowth = 1 << 12;
 const alwaysFine = 1 << 20;
 
+let loaded: ReturnType<typeof load> | undefined;
+
+/** The package, loaded at first use: most programs never need it. */
+const decoder = (): ReturnType<typeof load> => (loaded ??= load());
+
+async function load() {
+  return {
+    ...(await import('hyparquet')),
+    ...(await import('hyparquet-compressors')),
+    ...(await import('hyparquet/src/schema.js')),
+    ...(await import('hyparquet/src/column.js')),
+    ...(await import('hyparquet/src/datapage.js')),
+  };
+}
+
 /**
  * Rows of a Parquet file, in order, with the columns as fields.
  * @throws FormatError `ERR_PARQUET` for a file that is damaged
  */
 export async function* parquetRows(path: string): AsyncGenerator<Record<string, unknown>> {
-  // Loaded at first use: most programs never need it.
-  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } = await import('hyparquet');
-  const { compressors } = await import('hyparquet-compressors');
+  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema, compressors, ...paths } = await decoder();
+  const { getMaxDefinitionLevel, getMaxRepetitionLevel, getTreePath } = paths;
   const guarded = async <T>(work: () => Promise<T>): Promise<T> => {
     try {
       return await work();
@@ -37,7 +51,6 @@ export async function* parquetRows(path: string): AsyncGenerator<Record<string, 
   const file = await guarded(() => asyncBufferFromFile(path));
   const metadata = await guarded(() => parquetMetadataAsync(file));
   const total = await guarded(async () => checkRows(metadata));
-  const { getMaxDefinitionLevel, getMaxRepetitionLevel, getTreePath } = await import('hyparquet/src/schema.js');
   const tree = await guarded(async () => parquetSchema(metadata));
   const depthOf = ({ path_in_schema: column }: ColumnMetaData): Depth => {
     const place = getTreePath(tree, column);
@@ -87,8 +100,7 @@ interface Depth {
 
 /** Walks the pages of a column: each must lie in it, and hold what can be believed. */
 async function checkPages(file: AsyncBuffer, column: ColumnMetaData, depth: Depth, compressors: Compressors): Promise<void> {
-  const { parquetHeader } = await import('hyparquet/src/column.js');
-  const { decompressPage } = await import('hyparquet/src/datapage.js');
+  const { parquetHeader, decompressPage } = await decoder();
   const name = column.path_in_schema.join('.');
   const refuse = (what: string): never => {
     throw new Error(`column '${name}': ${what}`);

@@ -81,7 +81,7 @@ async function* jsonEntries(file: string, onMalformed: (record: Malformed) => vo
 
 /** @internal Records of the bytes of a JSON file. */
 export function* entriesOf(bytes: Buffer, file: string, onMalformed: (record: Malformed) => void): Generator<DataRecord> {
-  const text = String(checkUtf8(bytes, file, 0, 'error')).replace(/^\ufeff/, '');
+  const text = String(checkUtf8(bytes, file, 0)).replace(/^\ufeff/, '');
   let list: unknown[];
   try {
     list = JSON.parse(text) as unknown[];

@@ -45,6 +45,14 @@ export interface SourceFile {
   readonly changed: number;
 }
 
+/** The files of sources for errors: `, in a.txt, b.txt and 3 more`; nothing where they have none. */
+export async function inFiles(sources: readonly Pick<Source, 'files'>[]): Promise<string> {
+  const files = (await Promise.all(sources.map((source) => source.files() ?? []))).flat().map(({ file }) => file);
+  if (files.length === 0) return '';
+  const more = files.length > 3 ? ` and ${files.length - 3} more` : '';
+  return `, in ${files.slice(0, 3).join(', ')}${more}`;
+}
+
 export interface TextSource {
   readonly kind: 'text';
   documents(options?: ReadOptions): AsyncIterable<TextDocument>;
@@ -149,13 +157,16 @@ export async function* chunksOf(file: string): AsyncGenerator<Buffer> {
   }
 }
 
+// What reads files by a program only: run files and commands have no such option.
+const replaceHint = ", or, in a program, set onInvalid: 'replace' of textFiles()";
+
 async function* readText(file: string, options: TextFilesOptions): AsyncGenerator<TextDocument> {
   const separator = options.separator === undefined ? undefined : Buffer.from(options.separator);
   let rest: Buffer = Buffer.alloc(0);
   let at = 0; // place of `rest` in the file
   let inside = false; // a part of the current document was given out
   const document = (text: Buffer, continues: boolean): TextDocument => {
-    const checked = checkUtf8(text, file, at, options.onInvalid ?? 'error');
+    const checked = checkUtf8(text, file, at, options.onInvalid, replaceHint);
     inside = continues;
     return continues ? { text: checked, file, continues } : { text: checked, file };
   };
@@ -182,17 +193,29 @@ async function* readText(file: string, options: TextFilesOptions): AsyncGenerato
   if (rest.length > 0 || inside) yield document(rest, false);
 }
 
-/** `text` if it is UTF-8; otherwise an error that names the byte, or a string with replacements. */
-export function checkUtf8(text: Buffer, file: string, at: number, onInvalid: 'error' | 'replace'): Buffer | string {
+/**
+ * `text` if it is UTF-8; otherwise an error that names the byte, or a string with replacements.
+ * @param hint what else than converting the file can be done
+ */
+export function checkUtf8(
+  text: Buffer,
+  file: string,
+  at: number,
+  onInvalid: 'error' | 'replace' = 'error',
+  hint = '',
+): Buffer | string {
   if (isUtf8(text)) return text;
   if (onInvalid === 'replace') return text.toString('utf8');
   const offset = firstInvalidByte(text);
   const byte = text[offset]!.toString(16).padStart(2, '0');
   const utf16 = at + offset === 0 && (text[0] === 0xff || text[0] === 0xfe) ? ' (the file looks like UTF-16)' : '';
-  throw new DataError(
-    `data: ${file} is not UTF-8: byte 0x${byte} at offset ${at + offset}${utf16}; convert the file, or set onInvalid: 'replace'`,
-    { code: 'ERR_UTF8', op: 'data', argument: file, expected: 'UTF-8', actual: `0x${byte} at byte ${at + offset}` },
-  );
+  throw new DataError(`data: ${file} is not UTF-8: byte 0x${byte} at offset ${at + offset}${utf16}; convert the file${hint}`, {
+    code: 'ERR_UTF8',
+    op: 'data',
+    argument: file,
+    expected: 'UTF-8',
+    actual: `0x${byte} at byte ${at + offset}`,
+  });
 }
 
 /** Where the first sequence that is not UTF-8 begins; the length when there is none. */

@@ -13,6 +13,8 @@ import { type Histogram, type Spread, type Survey, surveyor } from './survey.ts'
 export interface DatasetReportOptions {
   /** Default: `Data set`. */
   readonly title?: string;
+  /** Further figures. Default: none. */
+  readonly facts?: Readonly<Record<string, string>>;
   /** Stages with what they dropped, in order. Default: none. */
   readonly stages?: readonly StageSummary[];
   /** Folder of the stages' files, to show some of what was dropped. */
@@ -67,7 +69,7 @@ export async function reportOutput(output: string, path = join(output, 'report.h
 export async function renderDatasetReport(survey: Survey, options: DatasetReportOptions = {}): Promise<string> {
   const title = options.title ?? 'Data set';
   const sections = [
-    figures(survey),
+    figures(survey, options.facts),
     lengthSection(survey),
     tagSection(survey),
     survey.distance ? histogramSection('Distance to the nearest other instruction', survey.distance, (v) => String(v)) : '',
@@ -89,7 +91,7 @@ const barStyle = `
 .role { color: var(--soft); font-size: 12.5px; margin: 10px 0 2px; }
 `;
 
-function figures({ records, turns, instruction, response }: Survey): string {
+function figures({ records, turns, instruction, response }: Survey, more: DatasetReportOptions['facts'] = {}): string {
   const facts: [string, string][] = [
     ['records', count(records)],
     [
@@ -100,6 +102,7 @@ function figures({ records, turns, instruction, response }: Survey): string {
     ],
     ['characters of an instruction', significant(instruction.mean)],
     ['characters of an answer', significant(response.mean)],
+    ...Object.entries(more),
   ];
   return `<section aria-label="Figures"><h2>Figures</h2><dl>${facts
     .map(([name, value]) => `<div><dt>${encode(name)}</dt><dd>${encode(value)}</dd></div>`)

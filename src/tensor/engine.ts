@@ -12,6 +12,7 @@ import {
   OutOfMemoryError,
   ShapeError,
 } from './errors.ts';
+import { machineMemory } from './machine.ts';
 import { loadNative, type NativeAddon } from './native.ts';
 
 /** Where tensors live. The number of a device in the native core is its place here. */
@@ -22,7 +23,7 @@ export type Device = (typeof devices)[number];
 export interface EngineOptions {
   /** Where tensors are made from now on. Default `cpu`. */
   device?: Device;
-  /** Most bytes that tensors may take together. Default: the machine's memory, or the GPU's that is free. */
+  /** Most bytes that tensors may take together. Default: the machine's memory, or a container's limit where that is less; the GPU's that is free. */
   memoryLimit?: number;
   /** CPU: threads that compute, the stream's own included. Default: the cores this process may use. */
   threads?: number;
@@ -77,7 +78,7 @@ function start(
   check('workspaceLimit', workspaceLimit, 0, 2 ** 40);
   const loaded = loadNative();
   try {
-    if (device === 'cpu') loaded.start(io, 0, memoryLimit, threads, isa);
+    if (device === 'cpu') loaded.start(io, 0, memoryLimit || machineMemory(), threads, isa);
     else loaded.start(io, devices.indexOf(device), memoryLimit, cudaReady(), gpu, workspaceLimit);
   } catch (error) {
     throw typed(error);

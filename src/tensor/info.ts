@@ -1,6 +1,7 @@
 // What limbeck runs on.
-import { availableParallelism, cpus, freemem, totalmem } from 'node:os';
+import { availableParallelism, cpus, freemem } from 'node:os';
 import { type CudaProbe, cudaLibrary, probeCuda } from './cuda.ts';
+import { machineMemory } from './machine.ts';
 import { libc, loadNative, nativePath } from './native.ts';
 import { packageVersion } from './version.ts';
 
@@ -32,7 +33,7 @@ export interface BackendInfo {
     /** Where the backend's library is; empty without one. */
     readonly path: string;
   };
-  /** Bytes of the machine. */
+  /** Bytes of the machine; in a container that allows less, `total` is that. */
   readonly memory: { readonly total: number; readonly free: number };
   readonly native: { readonly path: string; readonly compiler: string };
 }
@@ -60,7 +61,7 @@ export function backendInfo(): BackendInfo {
       blas: native.blas,
     },
     cuda: { available: cuda.reason === '', path: cudaLibrary() ?? '', ...cuda },
-    memory: { total: totalmem(), free: freemem() },
+    memory: { total: machineMemory(), free: freemem() },
     native: { path: nativePath(), compiler: native.compiler },
   };
 }

@@ -260,11 +260,16 @@ function namedTokens(json: Json, config: Json, ids: ReadonlyMap<string, number>,
   const bos = fromConfig('bos_token') ?? (template.first === undefined ? undefined : ids.get(template.first)) ?? byName('bos');
   return {
     bos,
-    begins: bos !== undefined && config.add_bos_token !== false,
+    begins: bos !== undefined && begun(config.add_bos_token, template.first, bos, ids),
     eos: fromConfig('eos_token') ?? (template.last === undefined ? undefined : ids.get(template.last)) ?? byName('eos'),
     pad: fromConfig('pad_token') ?? byName('pad'),
     unk: fromConfig('unk_token') ?? unk ?? byName('unk'),
   };
+}
+
+/** What Transformers does: as `add_bos_token` says, else where the post-processor puts the token first. */
+function begun(asked: unknown, first: string | undefined, bos: number, ids: ReadonlyMap<string, number>): boolean {
+  return typeof asked === 'boolean' ? asked : first !== undefined && ids.get(first) === bos;
 }
 
 /** The tokens that a post-processor puts around a text. */

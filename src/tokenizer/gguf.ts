@@ -105,8 +105,8 @@ export function ggufVocabulary(tokenizer: Tokenizer | undefined, vocabSize: numb
   ] as const) {
     if (id !== undefined) put(`ggml.${name}_token_id`, { type: 'u32', value: id });
   }
-  const { first, last } = templateTokens(file.json.post_processor);
-  put('ggml.add_bos_token', { type: 'bool', value: first !== undefined });
+  const { last } = templateTokens(file.json.post_processor);
+  put('ggml.add_bos_token', { type: 'bool', value: file.begins });
   put('ggml.add_eos_token', { type: 'bool', value: last !== undefined });
   const source = template ?? (typeof file.config.chat_template === 'string' ? file.config.chat_template : undefined);
   if (source !== undefined) put('chat_template', { type: 'string', value: withoutGenerationTags(source) });
@@ -203,7 +203,8 @@ export function tokenizerOfGguf(metadata: GgufMetadata, path: string): Tokenizer
     return typeof value === 'number' ? tokens[value] : undefined;
   };
   const [bos, eos, unk, pad] = [named('bos'), named('eos'), named('unknown'), named('padding')];
-  const addBos = get('ggml.add_bos_token')?.value ?? !isBytes;
+  // Without the key, as llama.cpp decides.
+  const addBos = get('ggml.add_bos_token')?.value ?? (!isBytes || /^llama(3|-v3|-bpe)$/.test(String(get('ggml.pre')?.value)));
   const json = {
     version: '1.0',
     truncation: null,

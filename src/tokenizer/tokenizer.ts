@@ -29,7 +29,10 @@ export interface Tokenizer {
   readonly eos: number | undefined;
   readonly pad: number | undefined;
   readonly unk: number | undefined;
-  /** Whether the begin token goes before a text that a model is to continue: there is one, and the file does not say `add_bos_token: false`. */
+  /**
+   * Whether the begin token goes before a text that a model is to continue, as in Transformers: `add_bos_token` says so, or, where it says
+   * nothing, the file's post-processor puts it there. That of GPT-2 does not.
+   */
   readonly begins: boolean;
   /** `native`: our own encoder; `generic`: `@huggingface/tokenizers`, for pipelines that the native one does not cover. */
   readonly engine: 'native' | 'generic';

@@ -2,10 +2,11 @@
 
 import { readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
-import { availableParallelism, cpus, totalmem } from 'node:os';
+import { availableParallelism, cpus } from 'node:os';
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
 import { FileError } from '../tensor/errors.ts';
+import { machineMemory } from '../tensor/machine.ts';
 import { packageVersion } from '../tensor/version.ts';
 import type { RunConfig } from './config.ts';
 import type { Evaluation, SampleEvent, StartEvent, StepEvent, TrainEvent } from './events.ts';
@@ -231,7 +232,7 @@ function thisMachine(): Record<string, string> {
   return {
     processor: cpus()[0]?.model.trim() || 'unknown',
     cores: String(availableParallelism()),
-    memory: bytes(totalmem()),
+    memory: bytes(machineMemory()),
     platform: `${process.platform}-${process.arch}`,
     node: process.version,
     limbeck: packageVersion(),

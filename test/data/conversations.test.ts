@@ -148,7 +148,10 @@ describe('files', () => {
     await writeFile(join(folder, 'bad.parquet'), 'PAR1 and nothing else PAR1');
     await expect(read(join(folder, 'bad.parquet'))).rejects.toMatchObject({ name: 'FormatError', code: 'ERR_PARQUET' });
     await writeFile(join(folder, 'latin.json'), Buffer.from([0x5b, 0x22, 0xe9, 0x22, 0x5d]));
-    await expect(read(join(folder, 'latin.json'))).rejects.toMatchObject({ code: 'ERR_UTF8' });
+    await expect(read(join(folder, 'latin.json'))).rejects.toMatchObject({
+      code: 'ERR_UTF8',
+      message: expect.not.stringContaining('onInvalid'),
+    });
     await expect(read(join(folder, 'absent.json'))).rejects.toMatchObject({ name: 'FileError', code: 'ERR_READ' });
   });
 

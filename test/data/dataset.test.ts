@@ -240,6 +240,9 @@ test('a split that leaves nothing, and empty data, are refused with both numbers
   await refuse({ train: texts([]) }, { code: 'ERR_EMPTY', argument: 'train' });
   await refuse({ train: texts(['', '']) }, { code: 'ERR_EMPTY' });
   await refuse({ validation: texts([]) }, { code: 'ERR_EMPTY', argument: 'validation' });
+  const empty = join(folder, 'empty.txt');
+  writeFileSync(empty, '');
+  await refuse({ train: textFiles(empty) }, { code: 'ERR_EMPTY', message: expect.stringContaining(`0 malformed, in ${empty}`) });
   await refuse({ length: 0 }, { code: 'ERR_CONFIG', argument: 'length' });
   await refuse({ seed: -1 }, { code: 'ERR_SEED' });
 });

@@ -1,6 +1,8 @@
-import { expect, test } from 'vitest';
+import { totalmem } from 'node:os';
+import { expect, test, vi } from 'vitest';
 import { embedding } from '../../src/ops/embedding.ts';
 import { type EngineOptions, init, memory, rehearse, shutdown, started, sync } from '../../src/tensor/engine.ts';
+import { backendInfo } from '../../src/tensor/info.ts';
 import { op } from '../../src/tensor/op.ts';
 import { scope } from '../../src/tensor/scope.ts';
 import { noGrad, recompute, valueAndGrad, zeroGrad } from '../../src/tensor/tape.ts';
@@ -90,6 +92,26 @@ test('options of an engine that make no sense are refused before it starts', () 
   ] as const)
     expect(() => init(options as EngineOptions)).toThrow(expect.objectContaining({ name: 'ConfigError', argument }));
   expect(started()).toBe(false);
+});
+
+test('the default limit is the memory of the machine, or of the container where that is less', () => {
+  for (const [allowed, limit] of [
+    [2 ** 26, 2 ** 26],
+    [2 ** 64, totalmem()],
+    [0, totalmem()],
+  ] as const) {
+    const spy = vi.spyOn(process, 'constrainedMemory').mockReturnValue(allowed);
+    try {
+      shutdown();
+      tensor([1], [1]).dispose();
+      // Whole pages.
+      expect(Math.abs(memory().limit - limit)).toBeLessThan(2 ** 22);
+      expect(backendInfo().memory.total).toBe(limit);
+    } finally {
+      spy.mockRestore();
+      shutdown();
+    }
+  }
 });
 
 test('no room is a typed error that leaves everything usable', async () => {

@@ -110,6 +110,25 @@ test('the configuration beside the file names the special tokens; saving keeps b
   await expect(tokenizer.save(join(folder, 'plain/below'))).rejects.toMatchObject({ name: 'FileError', code: 'ERR_WRITE' });
 });
 
+test('a begin token goes before texts where Transformers puts it: add_bos_token says so, or else the post-processor does', () => {
+  const first = { SpecialToken: { id: '<bos>', type_id: 0 } };
+  const template = { type: 'TemplateProcessing', single: [first, { Sequence: { id: 'A', type_id: 0 } }] };
+  const bytes = { type: 'ByteLevel', add_prefix_space: true, trim_offsets: false };
+  const begins = (processor: object | null, config: object = {}) =>
+    tokenizerFromJson(
+      variant(json, (f) => Object.assign(f, { post_processor: processor })),
+      JSON.stringify({ bos_token: '<bos>', ...config }),
+    ).begins;
+  expect(begins(template)).toBe(true);
+  expect(begins({ type: 'Sequence', processors: [bytes, template] })).toBe(true);
+  expect(begins(template, { add_bos_token: false })).toBe(false);
+  // As GPT-2's file is, and Qwen's.
+  expect(begins(bytes)).toBe(false);
+  expect(begins(null)).toBe(false);
+  expect(begins(bytes, { add_bos_token: true })).toBe(true);
+  expect(begins(template, { bos_token: '<eos>' })).toBe(false);
+});
+
 test('the fingerprint is that of the vocabulary, the digest that of the file', () => {
   const base = tokenizerFromJson(json);
   const reordered = tokenizerFromJson(variant(json, (f) => (f.model.merges as object[]).reverse()));

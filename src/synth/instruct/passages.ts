@@ -1,7 +1,8 @@
 // Raw texts for a synthesizer: the documents of a source, those that are long cut into passages.
 
 import { createHash } from 'node:crypto';
-import type { TextSource } from '../../data/source.ts';
+import { inFiles, type TextSource } from '../../data/source.ts';
+import { DataError } from '../../tensor/errors.ts';
 import type { Tokenizer } from '../../tokenizer/tokenizer.ts';
 import type { GatherStage, RecordSource } from '../pipeline.ts';
 
@@ -11,13 +12,23 @@ export interface RawText {
   readonly text: string;
 }
 
-/** The documents of a source as records; their content decides whether stages run again. @throws what reading the source throws */
+/**
+ * The documents of a source as records; their content decides whether stages run again.
+ * @throws DataError `ERR_EMPTY` for a source without text; what reading the source throws
+ */
 export async function textRecords(source: TextSource): Promise<RecordSource<RawText>> {
   const hash = createHash('sha256');
   let count = 0;
   for await (const { text } of documents(source)) {
     hash.update(text).update('\0');
     count++;
+  }
+  if (count === 0) {
+    throw new DataError(`synth: there is no text to ask about${await inFiles([source])}`, {
+      code: 'ERR_EMPTY',
+      op: 'synth',
+      argument: 'texts',
+    });
   }
   return {
     settings: { texts: hash.digest('hex') },

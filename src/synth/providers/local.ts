@@ -191,7 +191,7 @@ export function localProvider(options: LocalOptions): Provider {
       const vectors: Float32Array[] = [];
       for (const text of texts) {
         signal?.throwIfAborted();
-        const ids = tokenizer.encode(text, { bos: tokenizer.bos !== undefined, special: false });
+        const ids = tokenizer.encode(text, { bos: tokenizer.begins, special: false });
         count(meter, { promptTokens: ids.length, completionTokens: 0 });
         vectors.push(await meanHidden(model, ids.length === 0 ? Int32Array.of(tokenizer.eos ?? 0) : ids));
       }
