@@ -312,7 +312,10 @@ async function timeWriting({ weights, texts }: Writing): Promise<Result> {
 const gpu = backendInfo().cuda.devices[0]?.name ?? 'GPU';
 const peak = await ceilings();
 if (!flags.json) printHead(gpu, peak);
-const results: Result[] = [];
+// What was measured is kept when something later fails.
+const record = (results: readonly Result[]): void => {
+  if (!flags.dry && !small) appendResults(results, gpu);
+};
 if (!flags.steps) {
   const measured = await measure(groups, peak, {
     filter: flags.filter,
@@ -322,11 +325,11 @@ if (!flags.steps) {
     dtype: 'bf16',
     threads: 0,
   });
-  results.push(...measured);
+  record(measured);
   for (const [key, { ms, name }] of peers()) {
     const ours = measured.find((r) => `${r.op} ${r.shape}` === key);
     if (ours === undefined) continue;
-    results.push({ ...ours, median: ms, p20: ms, p80: ms, peer: name, ratio: ms / ours.median });
+    record([{ ...ours, median: ms, p20: ms, p80: ms, peer: name, ratio: ms / ours.median }]);
     process.stdout.write(
       flags.json
         ? `${JSON.stringify({ op: ours.op, shape: ours.shape, peer: name, ms, ratio: ms / ours.median })}\n`
@@ -341,10 +344,9 @@ if (!flags.kernels) {
       process.stdout.write(`${step.name}: skipped, the GPU has less than ${(need / 1e9).toFixed(0)} GB\n`);
       continue;
     }
-    results.push(...(await timeStep(step, peak)));
+    record(await timeStep(step, peak));
   }
   for (const texts of [1, 8])
     for (const weights of [undefined, 'q8', 'q4'] as const)
-      results.push(await timeWriting({ texts, ...(weights === undefined ? {} : { weights }) }));
+      record([await timeWriting({ texts, ...(weights === undefined ? {} : { weights }) })]);
 }
-if (!flags.dry && !small) appendResults(results);

@@ -27,10 +27,10 @@ export interface Result {
 const columns = 'date,commit,machine,bench,op,shape,dtype,threads,median,p20,p80,unit,peer,ratio,peak_mib';
 const path = fileURLToPath(new URL('results.csv', import.meta.url));
 
-export function appendResults(results: readonly Result[]): void {
+/** @param machine what was measured. Default: this machine's processor. */
+export function appendResults(results: readonly Result[], machine = processorName()): void {
   if (!existsSync(path)) writeFileSync(path, `${columns}\n`);
   const date = new Date().toISOString().slice(0, 19);
-  const machine = machineName();
   const commit = commitName();
   for (const r of results) {
     const fields = [date, commit, machine, r.bench, r.op, r.shape, r.dtype, r.threads, r.median, r.p20, r.p80, r.unit, r.peer];
@@ -49,7 +49,7 @@ export function spread(values: readonly number[]): { median: number; p20: number
   return { median: at(0.5), p20: at(0.2), p80: at(0.8) };
 }
 
-function machineName(): string {
+function processorName(): string {
   return `${cpus()[0]?.model.replace(/\s+/g, ' ').trim() ?? process.arch} x${cpus().length}`;
 }
 
