@@ -1,9 +1,15 @@
 // Adapters as folders in the format of PEFT: adapter_config.json and adapter_model.safetensors.
 import { createHash } from 'node:crypto';
-import { mkdir, readFile } from 'node:fs/promises';
+import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { writeAtomic } from '../io/atomic.ts';
-import { openSafetensors, type Safetensors, writeSafetensors } from '../io/safetensors.ts';
+import {
+  openSafetensors,
+  type Safetensors,
+  type SafetensorsArray,
+  type SafetensorsInput,
+  writeSafetensors,
+} from '../io/safetensors.ts';
 import {
   type Adapter,
   type AdapterOptions,
@@ -13,29 +19,40 @@ import {
   makeAdapter,
   moduleOf,
   rememberStart,
+  rowLengths,
   setAdapter,
 } from '../nn/lora.ts';
-import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
-import { ConfigError, FormatError } from '../tensor/errors.ts';
+import { ConfigError } from '../tensor/errors.ts';
 import { widenBf16 } from '../tensor/half.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { readAs, type Tensor, viewOf } from '../tensor/tensor.ts';
+import { adapterConfigFile, type PeftConfig, readPeftConfig, refuse, toPeft } from './adapter-config.ts';
+import {
+  type AdapterPart,
+  adaptersByFile,
+  type Base,
+  columnsOf,
+  type FileAdapter,
+  type FileMatrix,
+  joinedB,
+  knownMatrices,
+} from './adapter-layout.ts';
 import { floats } from './weights.ts';
 
-/** What makes a folder one of an adapter. */
-export const adapterConfigFile = 'adapter_config.json';
-
 const files = { config: adapterConfigFile, weights: 'adapter_model.safetensors' } as const;
+
+/** How the names of an adapter's tensors end. */
+const ends = ['lora_A.weight', 'lora_B.weight', 'lora_magnitude_vector'] as const;
 
 /** What PEFT puts before the names of a model. */
 const prefix = 'base_model.model.';
 
-/** Keys of the file's own data: a digest of the base, and the rank of what OLoRA takes away. */
-const keys = { base: 'limbeck.base', start: 'limbeck.start_rank' } as const;
-
-/** A model as far as files of adapters need it. */
-export type Base = { readonly parameters: Parameters<SpecTree> };
+/**
+ * Keys of the file's own data: a digest of the base, the rank of what OLoRA takes away, and the ranks of parts whose adapters lie side by side
+ * in that of a matrix.
+ */
+const keys = { base: 'limbeck.base', start: 'limbeck.start_rank', parts: 'limbeck.part_ranks' } as const;
 
 export interface SaveAdapterOptions {
   /** Where the base lies, for who loads the adapter alone. Default: not told. */
@@ -57,35 +74,49 @@ export async function saveAdapter(
 ): Promise<void> {
   const { options, weights } = adapter;
   const starts = [...weights.values()].some(({ start }) => start !== undefined);
-  const tensors = [...weights].flatMap(([module, { a, b, direction }]) => {
-    const [rank = 0, k = 0] = a.shape;
-    const [n = 0] = b.shape;
-    const name = `${prefix}${module}`;
-    const made = starts ? 2 * rank : rank;
-    const f32 = (end: string, shape: readonly number[], data: () => Promise<Float32Array>) => ({
-      name: `${name}.${end}`,
+  const adapters = adaptersByFile(model, adapter as LiveAdapter);
+  const tensors = adapters.flatMap((own): SafetensorsInput[] => {
+    const { matrix, rank, parts } = own;
+    const { module, n, k } = matrix;
+    const f32 = (end: string, shape: readonly number[], data: () => Promise<Float32Array> | AsyncIterable<Float32Array>) => ({
+      name: `${prefix}${module}.${end}`,
       dtype: 'F32' as const,
       shape,
       data,
     });
+    const each = (which: 'A' | 'B') => Promise.all(parts.map((part) => matrixIn(adapter, part.module, which)));
     return [
-      f32('lora_A.weight', [made, k], () => matrixIn(adapter, module, 'A')),
-      f32('lora_B.weight', [n, made], () => matrixIn(adapter, module, 'B')),
-      ...(direction === undefined
-        ? []
-        : [f32('lora_magnitude_vector', [n], () => trainedIn(adapter, `${module}.lora_magnitude_vector`))]),
+      f32(ends[0], [rank, k], async function* () {
+        for (const part of parts) yield await matrixIn(adapter, part.module, 'A');
+      }),
+      f32(ends[1], [n, rank], async () => joinedB(own, await each('B'))),
+      ...(options.kind === 'dora' ? [f32(ends[2], [n], () => magnitudes(adapter, model, matrix))] : []),
     ];
   });
+  const joint = adapters
+    .filter(({ matrix }) => matrix.parts.length > 1)
+    .flatMap(({ parts }) => parts.map(({ module, rank }) => [module, rank] as const));
   await mkdir(folder, { recursive: true });
   const metadata = {
     format: 'pt',
     [keys.base]: await digestOf(model),
     ...(starts ? { [keys.start]: String(options.rank) } : {}),
+    ...(joint.length > 0 ? { [keys.parts]: JSON.stringify(Object.fromEntries(joint)) } : {}),
   };
   await writeSafetensors(join(folder, files.weights), tensors, metadata);
-  const text = `${JSON.stringify({ ...toPeft(options, model, [...weights.keys()], starts), base_model_name_or_path: base ?? null }, null, 2)}\n`;
+  const text = `${JSON.stringify({ ...toPeft(options, model, adapters, starts), base_model_name_or_path: base ?? null }, null, 2)}\n`;
   for (const [name, content] of Object.entries({ ...texts, [files.config]: text }))
     await writeAtomic(join(folder, name), (file) => file.writeFile(content));
+}
+
+/** Lengths of the rows of a file's matrix [N]: trained ones, and of parts without an adapter those that they have. */
+async function magnitudes(adapter: Adapter, model: Base, { n, parts }: FileMatrix): Promise<Float32Array> {
+  const all = new Float32Array(n);
+  for (const { module, from } of parts) {
+    const place = model.parameters.linears.find(({ name }) => moduleOf(name) === module)!;
+    all.set(await (adapter.weights.has(module) ? trainedIn(adapter, `${module}.${ends[2]}`) : rowLengths(place)), from);
+  }
+  return all;
 }
 
 /** What was trained, from the originals of f32 where the ops read copies of bf16. */
@@ -138,36 +169,6 @@ function halfOf(joined: Float32Array, rows: number, half: 0 | 1): Float32Array {
   return part;
 }
 
-function toPeft(options: Required<AdapterOptions>, model: Base, modules: readonly string[], starts: boolean): object {
-  return {
-    peft_type: 'LORA',
-    task_type: 'CAUSAL_LM',
-    r: starts ? 2 * options.rank : options.rank,
-    // alpha / rank, or alpha / √rank, stays what it is.
-    lora_alpha: starts ? options.alpha * (options.rankStabilized ? Math.SQRT2 : 2) : options.alpha,
-    lora_dropout: options.dropout,
-    target_modules: shortest(model, modules),
-    use_rslora: options.rankStabilized,
-    use_dora: options.kind === 'dora',
-    init_lora_weights: true,
-    bias: 'none',
-    fan_in_fan_out: false,
-    inference_mode: true,
-    modules_to_save: null,
-    rank_pattern: {},
-    alpha_pattern: {},
-  };
-}
-
-/** The last parts of names where they mean these modules and no other, else the names. */
-function shortest(model: Base, modules: readonly string[]): string[] {
-  const last = (module: string): string => module.slice(module.lastIndexOf('.') + 1);
-  const chosen = new Set(modules);
-  const ends = new Set(modules.map(last));
-  const others = model.parameters.linears.some(({ name }) => ends.has(last(moduleOf(name))) && !chosen.has(moduleOf(name)));
-  return others ? [...modules] : [...ends].sort();
-}
-
 /** Options of {@link loadAdapter}; what the file says is not among them. */
 export type LoadAdapterOptions = Pick<AdapterOptions, 'ratio' | 'dropout' | 'seed'> & {
   /** With gradients, to train on. Default false. */
@@ -180,7 +181,7 @@ export type LoadAdapterOptions = Pick<AdapterOptions, 'ratio' | 'dropout' | 'see
  * @throws ConfigError for an adapter of another base.
  */
 export async function loadAdapter(folder: string, model: Base, options: LoadAdapterOptions = {}): Promise<Adapter> {
-  const config = await readConfig(join(folder, files.config));
+  const config = await readPeftConfig(join(folder, files.config));
   const path = join(folder, files.weights);
   const stored = await openSafetensors(path);
   try {
@@ -193,17 +194,26 @@ export async function loadAdapter(folder: string, model: Base, options: LoadAdap
     }
     const startRank = Number(stored.metadata[keys.start] ?? 0);
     if (startRank !== 0 && 2 * startRank !== config.rank) refuse(path, keys.start, startRank, `half of r (${config.rank})`);
+    const { kind, rank, alpha, rankStabilized, dropout } = config;
     const full = adapterOptions({
-      ...config,
-      ...(startRank === 0
-        ? {}
-        : { rank: startRank, alpha: config.alpha / (config.rankStabilized ? Math.SQRT2 : 2), init: 'olora' as const }),
+      ...{ kind, rank, alpha, rankStabilized, dropout },
+      ...(startRank === 0 ? {} : { rank: startRank, alpha: alpha / (rankStabilized ? Math.SQRT2 : 2), init: 'olora' as const }),
       ...options,
     });
-    const modules = modulesIn(path, stored, model, config.kind === 'dora', config.rank);
-    const adapter = makeAdapter(model, { ...full, targets: modules }, modules, options.trainable ?? false);
+    const adapters = adaptersIn(path, stored, model, config);
+    const own = new Map(
+      adapters.flatMap(({ parts }) =>
+        parts.map(({ module, rank, scale }) => {
+          if (startRank !== 0 && rank % 2 !== 0)
+            refuse(path, `'${module}'`, `of rank ${rank}`, `an even one, as ${keys.start} says`);
+          return [module, { rank: startRank === 0 ? rank : rank / 2, scale }] as const;
+        }),
+      ),
+    );
+    const modules = model.parameters.linears.map(({ name }) => moduleOf(name)).filter((module) => own.has(module));
+    const adapter = makeAdapter(model, { ...full, targets: modules }, modules, options.trainable ?? false, own);
     try {
-      await fill(adapter, path, stored, startRank);
+      await fill(adapter, path, stored, adapters, startRank !== 0);
       setAdapter(model, adapter);
       return adapter;
     } catch (error) {
@@ -215,25 +225,28 @@ export async function loadAdapter(folder: string, model: Base, options: LoadAdap
   }
 }
 
-const parts = ['lora_A.weight', 'lora_B.weight', 'lora_magnitude_vector'] as const;
-
-/** The modules of a file, in the model's order, whose tensors are all there and fit. */
-function modulesIn(path: string, stored: Safetensors, model: Base, dora: boolean, rank: number): string[] {
+/** The adapters of a file, whose tensors are all there and fit the model. */
+function adaptersIn(path: string, stored: Safetensors, model: Base, config: PeftConfig): FileAdapter[] {
+  const dora = config.kind === 'dora';
   const found = new Map<string, Set<string>>();
   for (const name of stored.tensors.keys()) {
-    const part = parts.find((end) => name.endsWith(`.${end}`));
-    if (!name.startsWith(prefix) || part === undefined || (part === 'lora_magnitude_vector' && !dora)) {
-      refuse(path, `'${name}'`, 'in the file', `names such as ${prefix}<module>.${parts[0]}`);
+    const end = ends.find((end) => name.endsWith(`.${end}`));
+    if (!name.startsWith(prefix) || end === undefined || (end === 'lora_magnitude_vector' && !dora)) {
+      refuse(path, `'${name}'`, 'in the file', `names such as ${prefix}<module>.${ends[0]}`);
     }
-    const module = name.slice(prefix.length, -(part!.length + 1));
-    found.set(module, (found.get(module) ?? new Set()).add(part!));
+    const module = name.slice(prefix.length, -(end!.length + 1));
+    found.set(module, (found.get(module) ?? new Set()).add(end!));
   }
-  const shapes = new Map(model.parameters.linears.map(({ name, shape }) => [moduleOf(name), shape]));
-  for (const [module, has] of found) {
-    const shapeOf = (part: string): readonly number[] => stored.tensors.get(`${prefix}${module}.${part}`)!.shape;
-    for (const part of dora ? parts : parts.slice(0, 2))
-      if (!has.has(part)) refuse(path, `'${module}'`, `without ${part}`, 'all of its tensors');
-    const [a, b] = [shapeOf(parts[0]), shapeOf(parts[1])];
+  if (found.size === 0) refuse(path, 'the file', 'empty', 'an adapter');
+  const known = knownMatrices(model);
+  const sideBySide = partRanks(path, stored.metadata[keys.parts]);
+  const taken = new Set<string>();
+  return [...found].map(([module, has]) => {
+    const shapeOf = (end: string): readonly number[] => stored.tensors.get(`${prefix}${module}.${end}`)!.shape;
+    for (const end of dora ? ends : ends.slice(0, 2))
+      if (!has.has(end)) refuse(path, `'${module}'`, `without ${end}`, 'all of its tensors');
+    const rank = config.rankOf(module);
+    const [a, b] = [shapeOf(ends[0]), shapeOf(ends[1])];
     if (a.length !== 2 || b.length !== 2 || a[0] !== rank || b[1] !== rank)
       refuse(
         path,
@@ -241,120 +254,82 @@ function modulesIn(path: string, stored: Safetensors, model: Base, dora: boolean
         `A [${a.join(' ')}] and B [${b.join(' ')}]`,
         `[${rank} K] and [N ${rank}], as r in ${files.config} says`,
       );
-    checkShape(module, shapes.get(module), b[0]!, a[1]!);
-    if (dora && shapeOf(parts[2]).join(' ') !== String(b[0]))
-      refuse(path, `'${module}.${parts[2]}'`, `[${shapeOf(parts[2]).join(' ')}]`, `[${b[0]}]`);
-  }
-  if (found.size === 0) refuse(path, 'the file', 'empty', 'an adapter');
-  return [...shapes.keys()].filter((module) => found.has(module));
+    const matrix = known.get(module);
+    checkShape(module, matrix && [matrix.n, matrix.k], b[0]!, a[1]!);
+    if (dora && shapeOf(ends[2]).join(' ') !== String(b[0]))
+      refuse(path, `'${module}.${ends[2]}'`, `[${shapeOf(ends[2]).join(' ')}]`, `[${b[0]}]`);
+    const scale = config.scaleOf(module);
+    let at = 0;
+    const parts = matrix!.parts.flatMap((part): AdapterPart[] => {
+      // Without a word of it they all read the same A.
+      const own = sideBySide === undefined || matrix!.parts.length === 1 ? rank : sideBySide.get(part.module);
+      if (own === undefined) return [];
+      if (taken.has(part.module)) refuse(path, `'${part.module}'`, 'there twice', 'one adapter for each matrix');
+      taken.add(part.module);
+      const from = own === rank ? 0 : at;
+      at += own;
+      return [{ ...part, at: from, rank: own, scale }];
+    });
+    if (parts.length === 0 || parts.some(({ at, rank: own }) => at + own > rank))
+      refuse(path, keys.parts, JSON.stringify(parts.map(({ rank }) => rank)), `ranks of '${module}' that add up to ${rank}`);
+    return { matrix: matrix!, rank, scale, parts };
+  });
 }
 
-async function fill({ parameters, weights }: LiveAdapter, path: string, stored: Safetensors, startRank: number): Promise<void> {
-  const read = async (name: string): Promise<Float32Array> => {
-    const file = `${prefix}${name}`;
-    const entry = stored.tensors.get(file)!;
-    const whole = new Float32Array(entry.shape.reduce((x, y) => x * y, 1));
-    await stored.each(file, (run, from) => {
-      const values = floats(run, entry.dtype, `${path}: '${file}'`);
-      whole.set(values instanceof Uint16Array ? widenBf16(values) : values, from);
-    });
-    return whole;
+/** The ranks of parts that lie side by side in their matrix, as {@link saveAdapter} notes them. */
+function partRanks(path: string, text: string | undefined): Map<string, number> | undefined {
+  if (text === undefined) return undefined;
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch {
+    json = undefined;
+  }
+  const entries = typeof json === 'object' && json !== null ? Object.entries(json) : [];
+  if (entries.length === 0 || !entries.every(([, rank]) => Number.isSafeInteger(rank) && rank >= 1))
+    refuse(path, keys.parts, text, 'ranks by the names of matrices');
+  return new Map(entries);
+}
+
+async function fill(
+  { parameters, weights }: LiveAdapter,
+  path: string,
+  stored: Safetensors,
+  adapters: readonly FileAdapter[],
+  starts: boolean,
+): Promise<void> {
+  const read = async (module: string, end: string, from: number, to: number): Promise<Float32Array> => {
+    const name = `${prefix}${module}.${end}`;
+    const { dtype } = stored.tensors.get(name)!;
+    const values = new Float32Array(to - from);
+    const use = (run: SafetensorsArray, at: number): void => {
+      const own = floats(run, dtype, `${path}: '${name}'`);
+      values.set(own instanceof Uint16Array ? widenBf16(own) : own, at);
+    };
+    await stored.each(name, use, { from, to });
+    return values;
   };
   const write = async (half?: 0 | 1): Promise<void> => {
-    for (const { name, tensor } of parameters.list) {
-      const whole = await read(name);
-      const isB = name.endsWith('lora_B.weight');
-      const part = half === undefined ? whole : halfOf(whole, isB ? tensor.shape[0]! : 1, half);
-      parameters.write(name, 0, half === 1 && isB ? part.map((x) => -x) : part);
+    for (const { matrix, rank, parts } of adapters) {
+      const { module: file, k } = matrix;
+      for (const part of parts) {
+        const { module, at, from, rows, rank: own } = part;
+        const a = await read(file, ends[0], at * k, (at + own) * k);
+        const b = columnsOf(await read(file, ends[1], from * rank, (from + rows) * rank), rank, part);
+        const ownB = half === undefined ? b : halfOf(b, rows, half);
+        parameters.write(`${module}.${ends[0]}`, 0, half === undefined ? a : halfOf(a, 1, half));
+        parameters.write(`${module}.${ends[1]}`, 0, half === 1 ? ownB.map((x) => -x) : ownB);
+        if (weights.get(module)!.direction !== undefined)
+          parameters.write(`${module}.${ends[2]}`, 0, await read(file, ends[2], from, from + rows));
+      }
     }
     parameters.refresh();
   };
-  if (startRank === 0) return write();
+  if (!starts) return write();
   // First what is taken away, so that it can be copied; then what is trained.
   await write(1);
   for (const lowRank of weights.values()) rememberStart(lowRank);
   await write(0);
-}
-
-interface PeftConfig {
-  readonly kind: 'lora' | 'dora';
-  readonly rank: number;
-  readonly alpha: number;
-  readonly rankStabilized: boolean;
-  readonly dropout: number;
-}
-
-/** Initial values that change the base: such an adapter fits no other. */
-const changesBase = /^(olora|pissa|corda|loftq|lora_ga)/;
-
-async function readConfig(path: string): Promise<PeftConfig> {
-  let json: unknown;
-  try {
-    json = JSON.parse(await readFile(path, 'utf8'));
-  } catch (error) {
-    throw new FormatError(
-      `${path}: cannot be read: ${(error as Error).message}; an adapter is ${files.config} and ${files.weights}`,
-      {
-        code: 'ERR_CHECKPOINT',
-        op: 'loadAdapter',
-        argument: path,
-        cause: error,
-      },
-    );
-  }
-  if (typeof json !== 'object' || json === null || Array.isArray(json))
-    return refuse(path, 'the file', JSON.stringify(json), 'an object');
-  const j = json as Record<string, unknown>;
-  const number = (field: string): number =>
-    typeof j[field] === 'number' && Number.isFinite(j[field])
-      ? j[field]
-      : refuse(path, field, JSON.stringify(j[field]), 'a number');
-  if (j.peft_type !== 'LORA') refuse(path, 'peft_type', JSON.stringify(j.peft_type), '"LORA"');
-  const { init_lora_weights: init } = j;
-  if (typeof init === 'string' && changesBase.test(init))
-    refuse(path, 'init_lora_weights', JSON.stringify(init), 'an adapter of the base as it is: PEFT converts it when it saves');
-  if (j.bias !== undefined && j.bias !== 'none') refuse(path, 'bias', JSON.stringify(j.bias), '"none"');
-  const isEmpty = (value: unknown): boolean =>
-    value === undefined || value === null || value === false || (typeof value === 'object' && Object.keys(value).length === 0);
-  for (const field of unsupported)
-    if (!isEmpty(j[field])) refuse(path, field, JSON.stringify(j[field]), 'nothing: it is not supported');
-  const [rank, alpha] = [number('r'), number('lora_alpha')];
-  if (!(Number.isInteger(rank) && rank >= 1)) refuse(path, 'r', rank, 'a whole number of 1 or more');
-  if (!(alpha > 0)) refuse(path, 'lora_alpha', alpha, 'a number above 0');
-  return {
-    kind: j.use_dora === true ? 'dora' : 'lora',
-    rank,
-    alpha,
-    rankStabilized: j.use_rslora === true,
-    dropout: j.lora_dropout === undefined ? 0 : number('lora_dropout'),
-  };
-}
-
-const unsupported = [
-  'modules_to_save',
-  'rank_pattern',
-  'alpha_pattern',
-  'layer_replication',
-  'lora_bias',
-  'use_qalora',
-  'use_bdlora',
-  'trainable_token_indices',
-  'target_parameters',
-  'alora_invocation_tokens',
-  'kasa_config',
-  'velora_config',
-  'monteclora_config',
-  'arrow_config',
-] as const;
-
-function refuse(path: string, argument: string, actual: unknown, expected: string): never {
-  throw new FormatError(`${path}: ${argument} is ${String(actual)}, expected ${expected}`, {
-    code: 'ERR_CHECKPOINT',
-    op: 'loadAdapter',
-    argument,
-    expected,
-    actual: String(actual),
-  });
 }
 
 /**

@@ -26,20 +26,23 @@ export async function exportGgufAdapter(path: string, model: Pick<LanguageModel,
     );
   }
   const about = metadataOf(model.config);
-  const [{ scale, start }] = [...weights.values()] as [ReturnType<(typeof weights)['get']> & object];
-  // llama.cpp multiplies by alpha / R of each tensor.
-  const rank = options.rank * (start === undefined ? 1 : 2);
+  // llama.cpp multiplies by alpha / R of each tensor, with one alpha for all.
+  const rankOf = (name: string): number => {
+    const { a, start } = weights.get(moduleOf(name))!;
+    return a.shape[0]! * (start === undefined ? 1 : 2);
+  };
+  const alpha = options.rankStabilized ? options.alpha * Math.sqrt(options.rank) : options.alpha;
   const metadata: (readonly [string, GgufValue])[] = [
     ['general.architecture', { type: 'string', value: about.architecture }],
     ['general.type', { type: 'string', value: 'adapter' }],
     ['adapter.type', { type: 'string', value: 'lora' }],
-    ['adapter.lora.alpha', { type: 'f32', value: scale * rank }],
+    ['adapter.lora.alpha', { type: 'f32', value: alpha }],
   ];
   const tensors = partsOf(model.config).flatMap(({ gguf, pieces, shape }): GgufInput[] => {
     const adapted = pieces.filter(({ name }) => weights.has(moduleOf(name)));
     if (adapted.length === 0 || shape.length !== 2) return [];
     const [n = 0, k = 0] = shape;
-    const joint = adapted.length * rank;
+    const joint = adapted.reduce((sum, { name }) => sum + rankOf(name), 0);
     const tensor = (end: string, shape: readonly number[], data: GgufInput['data']): GgufInput => ({
       name: `${gguf}.${end}`,
       type: 'F32',
@@ -56,7 +59,7 @@ export async function exportGgufAdapter(path: string, model: Pick<LanguageModel,
         for (const piece of pieces) {
           const own = weights.has(moduleOf(piece.name));
           yield own ? await rowsOf(piece, column, joint) : new Float32Array(piece.rows * joint);
-          if (own) column += rank;
+          if (own) column += rankOf(piece.name);
         }
       }),
     ];
@@ -66,9 +69,10 @@ export async function exportGgufAdapter(path: string, model: Pick<LanguageModel,
   /** B of a part [rows joint], in its columns, in the order and with the factor of the part's weight. */
   async function rowsOf({ name, rows, heads, factor }: Piece, column: number, joint: number): Promise<Float32Array> {
     const own = await matrixIn(adapter, moduleOf(name), 'B');
+    const rank = rankOf(name);
     const b = heads > 0 ? reordered(own, heads, rank, true) : own;
     const all = new Float32Array(rows * joint);
-    const by = factor * (joint / rank);
+    const by = (factor * joint * weights.get(moduleOf(name))!.scale) / alpha;
     for (let row = 0; row < rows; row++) for (let i = 0; i < rank; i++) all[row * joint + column + i] = b[row * rank + i]! * by;
     return all;
   }

@@ -13,7 +13,7 @@ import { readAs, type Tensor, viewOf } from '../tensor/tensor.ts';
 import { ggufVocabulary, tokenizerOfGguf } from '../tokenizer/gguf.ts';
 import type { Tokenizer } from '../tokenizer/tokenizer.ts';
 import { fileTypes, type GgufType, ggufTypes, type Part, partsOf, typeOf } from './gguf-parts.ts';
-import { fromMetadata, metadataOf, ropeFactors } from './ggufconfig.ts';
+import { fromMetadata, metadataOf, type RopeFactors, ropeFactors, ropeTensors } from './ggufconfig.ts';
 import type { LanguageModel } from './model.ts';
 import type { ModelConfig } from './registry.ts';
 import { savedValues } from './weights.ts';
@@ -83,9 +83,8 @@ export async function exportGguf(
     shape: part.shape,
     data: () => runsOf(parameters, part),
   }));
-  const factors = ropeFactors(config);
-  if (factors !== undefined)
-    tensors.push({ name: 'rope_freqs.weight', type: 'F32', shape: [factors.length], data: () => [factors] });
+  for (const [kind, factors] of Object.entries(ropeFactors(config)) as [keyof RopeFactors, Float32Array][])
+    tensors.push({ name: ropeTensors[kind], type: 'F32', shape: [factors.length], data: () => [factors] });
   await writeGguf(path, metadata, tensors, { signal, onProgress });
   return [...about.notes, ...vocabulary.notes, ...fallbacks(type, tensors)];
 }
@@ -214,15 +213,18 @@ async function fillPart(
   await sync(); // where writes wait in the stream, no more than a tensor's
 }
 
-async function factorsOf(file: Gguf): Promise<Float32Array | undefined> {
-  return file.tensors.has('rope_freqs.weight') ? file.read('rope_freqs.weight') : undefined;
+async function factorsOf(file: Gguf): Promise<RopeFactors> {
+  const found: { -readonly [K in keyof RopeFactors]: RopeFactors[K] } = {};
+  for (const [kind, name] of Object.entries(ropeTensors) as [keyof RopeFactors, string][])
+    if (file.tensors.has(name)) found[kind] = await file.read(name);
+  return found;
 }
 
 function checkTensors(path: string, file: Gguf, parts: readonly Part[]): void {
   const refuse = (name: string, problem: string): never => {
     throw new FormatError(`${path}: tensor '${name}' ${problem}`, { code: 'ERR_CHECKPOINT', op: 'loadModel', argument: name });
   };
-  const known = new Set(['rope_freqs.weight']);
+  const known = new Set<string>(Object.values(ropeTensors));
   for (const { gguf, shape } of parts) {
     known.add(gguf);
     const entry = file.tensors.get(gguf);

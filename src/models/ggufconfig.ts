@@ -3,7 +3,7 @@
 import type { GgufHeader, GgufMetadata, GgufValue } from '../io/gguf-header.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { type LayerKind, layerKind } from './config.ts';
-import { checkDecoder, type DecoderConfig } from './decoder.ts';
+import { checkDecoder, type DecoderConfig, rotarySize } from './decoder.ts';
 import { checkGpt2, type Gpt2Config } from './gpt2.ts';
 import type { ModelConfig } from './registry.ts';
 
@@ -136,7 +136,7 @@ function decoderMetadata(c: DecoderConfig): About {
   put('attention.key_length', 'u32', c.headSize);
   put('attention.value_length', 'u32', c.headSize);
   put('attention.layer_norm_rms_epsilon', 'f32', c.normEps);
-  put('rope.dimension_count', 'u32', c.headSize);
+  put('rope.dimension_count', 'u32', rotarySize(c));
   put('rope.freq_base', 'f32', c.ropeBase);
 
   const local = Array.from(
@@ -166,11 +166,19 @@ function decoderMetadata(c: DecoderConfig): About {
   if (local.includes(true) && (c.localRopeBase ?? c.ropeBase) !== (localBase ?? c.ropeBase)) {
     throw unsupported('localRopeBase', String(localBase), c.localRopeBase);
   }
-  if ((c.rotaryShare ?? 1) !== 1) throw unsupported('rotaryShare', '1', c.rotaryShare);
+  if ((c.rotaryShare ?? 1) !== 1 && arch !== 'phi3') throw unsupported('rotaryShare', '1', c.rotaryShare);
   if (c.ropeScaling?.kind === 'linear') {
     metadata.push([`${arch}.rope.scaling.type`, { type: 'string', value: 'linear' }]);
     put('rope.scaling.factor', 'f32', c.ropeScaling.factor);
-  } else if (c.ropeScaling !== null && arch !== 'llama') throw unsupported('ropeScaling', 'linear or null', c.ropeScaling);
+  } else if (c.ropeScaling?.kind === 'longrope' && arch === 'phi3') {
+    const { context, magnitude } = c.ropeScaling;
+    put('rope.scaling.original_context_length', 'u32', context);
+    put('rope.scaling.attn_factor', 'f32', magnitude);
+    notes.push(
+      `llama.cpp turns by LongRoPE's factors of long texts all texts where it is given a context above ${context}, and by those of short ones else`,
+    );
+  } else if (c.ropeScaling !== null && (arch !== 'llama' || c.ropeScaling.kind !== 'llama3'))
+    throw unsupported('ropeScaling', arch === 'phi3' ? 'longrope, linear or null' : 'linear or null', c.ropeScaling);
   if ((arch === 'qwen2' || arch === 'phi3') && c.heads * c.headSize !== c.width)
     throw unsupported('headSize', `width / heads (${c.width / c.heads})`, c.headSize);
   if (c.bias.qkv && arch !== 'llama' && arch !== 'qwen2') throw unsupported('bias.qkv', 'false', true);
@@ -182,9 +190,20 @@ function decoderMetadata(c: DecoderConfig): About {
 
 type Llama3 = Extract<NonNullable<DecoderConfig['ropeScaling']>, { kind: 'llama3' }>;
 
-/** What each of D/2 rotary frequencies is divided by, for the tensor that llama.cpp reads them from. */
-export function ropeFactors(c: ModelConfig): Float32Array | undefined {
-  return 'ropeScaling' in c && c.ropeScaling?.kind === 'llama3' ? factorsOf(c.ropeScaling, c.ropeBase, c.headSize) : undefined;
+/** What rotary frequencies are divided by, in the tensors that llama.cpp reads them from. */
+export const ropeTensors = {
+  frequencies: 'rope_freqs.weight',
+  long: 'rope_factors_long.weight',
+  short: 'rope_factors_short.weight',
+} as const;
+
+/** One for each of D/2 frequencies: those of Llama 3, or of LongRoPE's long and short texts. */
+export type RopeFactors = { readonly [K in keyof typeof ropeTensors]?: Float32Array };
+
+export function ropeFactors(c: ModelConfig): RopeFactors {
+  const scaling = 'ropeScaling' in c ? c.ropeScaling : null;
+  if (scaling?.kind === 'longrope') return { long: Float32Array.from(scaling.long), short: Float32Array.from(scaling.short) };
+  return scaling?.kind === 'llama3' && 'ropeBase' in c ? { frequencies: factorsOf(scaling, c.ropeBase, c.headSize) } : {};
 }
 
 function factorsOf({ factor, lowFrequency, highFrequency, context }: Llama3, base: number, headSize: number): Float32Array {
@@ -198,7 +217,7 @@ function factorsOf({ factor, lowFrequency, highFrequency, context }: Llama3, bas
 }
 
 /** The config that a file's metadata tells of. @throws FormatError naming the key. */
-export function fromMetadata(file: GgufHeader, path: string, factors: Float32Array | undefined): ModelConfig {
+export function fromMetadata(file: GgufHeader, path: string, factors: RopeFactors): ModelConfig {
   const refuse = (key: string, expected: string, actual: unknown): never => {
     throw new FormatError(`${path}: ${key} is ${String(actual)}, expected ${expected}`, {
       code: 'ERR_CHECKPOINT',
@@ -255,8 +274,8 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
   const headSize = number('attention.key_length', width / heads);
   if (number('attention.value_length', headSize) !== headSize)
     refuse(`${arch}.attention.value_length`, String(headSize), number('attention.value_length'));
-  if (number('rope.dimension_count', headSize) !== headSize)
-    refuse(`${arch}.rope.dimension_count`, String(headSize), number('rope.dimension_count'));
+  const turned = number('rope.dimension_count', headSize);
+  if (turned !== headSize && arch !== 'phi3') refuse(`${arch}.rope.dimension_count`, String(headSize), turned);
   const context = number('context_length');
   const window = number('attention.sliding_window', 0);
   const local = window > 0 && window < context && rule.pattern.includes('local');
@@ -287,6 +306,7 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
     ropeBase,
     localRopeBase: local && localBase !== ropeBase ? localBase : null,
     ropeScaling: scalingOf(),
+    ...(turned === headSize ? {} : { rotaryShare: turned / headSize }),
     normEps: number('attention.layer_norm_rms_epsilon'),
     initStd: 0.02,
     context,
@@ -303,9 +323,24 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
 
   function scalingOf(): DecoderConfig['ropeScaling'] {
     const type = metadata.get(`${arch}.rope.scaling.type`)?.value ?? 'none';
-    if (factors !== undefined) return llama3(factors);
+    const { frequencies, long, short } = factors;
+    if (long !== undefined || short !== undefined) return longRope(long, short);
+    if (frequencies !== undefined) return llama3(frequencies);
     if (type === 'linear') return { kind: 'linear', factor: number('rope.scaling.factor', 1) };
     return type === 'none' ? null : refuse(`${arch}.rope.scaling.type`, 'none or linear', type);
+  }
+
+  function longRope(long: Float32Array | undefined, short: Float32Array | undefined): DecoderConfig['ropeScaling'] {
+    if (arch !== 'phi3') return refuse(ropeTensors.long, `no such tensor in a file of ${arch}`, 'there');
+    const list = (name: string, values: Float32Array | undefined): number[] =>
+      values === undefined ? refuse(name, 'a tensor, as the other factors are', values) : Array.from(values, asMeant);
+    return {
+      kind: 'longrope',
+      short: list(ropeTensors.short, short),
+      long: list(ropeTensors.long, long),
+      context: number('rope.scaling.original_context_length', context),
+      magnitude: number('rope.scaling.attn_factor', 1),
+    };
   }
 
   /** The file has only the factors; what Llama 3 made them from is found again by trying. */
@@ -321,11 +356,13 @@ export function fromMetadata(file: GgufHeader, path: string, factors: Float32Arr
   }
 }
 
+/** As it was meant: the float32 nearest to 1e-6 is not 1e-6. */
+const asMeant = (value: number): number => Number(value.toPrecision(7));
+
 function numberOf(metadata: GgufMetadata, key: string): number | undefined {
   const entry = metadata.get(key);
   if (entry === undefined) return undefined;
-  // As it was meant: the float32 nearest to 1e-6 is not 1e-6.
-  if (entry.type === 'f32') return Number(entry.value.toPrecision(7));
+  if (entry.type === 'f32') return asMeant(entry.value);
   if (typeof entry.value === 'number') return entry.value;
   return typeof entry.value === 'bigint' ? Number(entry.value) : Number.NaN;
 }

@@ -7,7 +7,8 @@ import type { ParameterOptions, Parameters, SpecTree } from '../nn/parameters.ts
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
-import { adapterConfigFile, loadAdapter } from './adapter.ts';
+import { loadAdapter } from './adapter.ts';
+import { adapterConfigFile } from './adapter-config.ts';
 import type { ForwardOptions, ModelInput } from './config.ts';
 import type { DecoderConfig } from './decoder.ts';
 import { generationOfGguf } from './defaults.ts';

@@ -173,21 +173,28 @@ export function blankAdapter(model: Adaptable, options: AdapterOptions): Adapter
 
 const moduleNameOf = ({ name }: LinearPlace): string => moduleOf(name);
 
-/** @internal An adapter whose trained values are all zero. */
+/** Rank and scale of one matrix, where they are not those of the options. */
+export type OwnRank = Pick<LowRank, 'scale'> & { readonly rank: number };
+
+/** @internal An adapter whose trained values are all zero. @param own of matrices, by their names */
 export function makeAdapter(
   model: Adaptable,
   options: Required<AdapterOptions>,
   modules: readonly string[],
   trainable = true,
+  own?: ReadonlyMap<string, OwnRank>,
 ): LiveAdapter {
   const { rank, alpha, kind, ratio } = options;
+  const rankOf = (module: string): number => own?.get(module)?.rank ?? rank;
+  const scaleOf = (module: string): number =>
+    own?.get(module)?.scale ?? (options.rankStabilized ? alpha / Math.sqrt(rank) : alpha / rank);
   const places = new Map(model.parameters.linears.map((place) => [moduleOf(place.name), place]));
   const chosen = modules.map((module) => ({ module, place: places.get(module)! }));
   const specs = (of: (module: string, n: number, k: number) => ParameterSpec): Record<string, ParameterSpec> =>
     Object.fromEntries(chosen.map(({ module, place: { shape } }) => [module, of(module, ...shape)]));
   const tree = {
-    a: specs((module, _, k) => matrix(`${module}.lora_A.weight`, [rank, k], 0)),
-    b: specs((module, n) => ({ ...matrix(`${module}.lora_B.weight`, [n, rank], 0), rate: ratio })),
+    a: specs((module, _, k) => matrix(`${module}.lora_A.weight`, [rankOf(module), k], 0)),
+    b: specs((module, n) => ({ ...matrix(`${module}.lora_B.weight`, [n, rankOf(module)], 0), rate: ratio })),
     magnitude: kind === 'dora' ? specs((module, n) => vector(`${module}.lora_magnitude_vector`, n, 0)) : {},
   };
   const device = deviceOf(chosen[0]!.place);
@@ -214,7 +221,7 @@ export function makeAdapter(
       weights.set(module, {
         a: parameters.tree.a[module]!,
         b: parameters.tree.b[module]!,
-        scale: options.rankStabilized ? alpha / Math.sqrt(rank) : alpha / rank,
+        scale: scaleOf(module),
         direction:
           magnitude === undefined ? undefined : { magnitude, squares: scope(() => keep(rowSquares(wide(baseOf(place))))) },
       });
@@ -231,6 +238,13 @@ const deviceOf = (place: LinearPlace) => {
   const base = baseOf(place);
   return (isQuantized(base) ? base.codes : base).device;
 };
+
+/** @internal The lengths of the rows of a weight, without an adapter. */
+export async function rowLengths(place: LinearPlace): Promise<Float32Array> {
+  const squares: Tensor = scope(() => keep(rowSquares(wide(baseOf(place)))));
+  const values = await readAs(squares, 'f32').finally(() => squares.dispose());
+  return values.map(Math.sqrt);
+}
 
 /** A weight as a tensor of f32, which the caller's scope frees. */
 function wide(w: Tensor | QuantizedWeight): Tensor {

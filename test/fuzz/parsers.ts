@@ -79,7 +79,7 @@ const targets: Readonly<Record<keyof typeof seeds, Reader>> = {
     read(bytes, index) {
       const header = parseGguf('fuzz.gguf', bytes, bytes.length);
       if (header === undefined) throw new Error('a whole file was not enough');
-      fromMetadata(header, 'fuzz.gguf', undefined);
+      fromMetadata(header, 'fuzz.gguf', {});
       // A tokenizer takes longer than all else together.
       if (index % 8 === 0) tokenizerOfGguf(header.metadata, 'fuzz.gguf');
       return true;
@@ -178,11 +178,19 @@ export async function fuzz(target: Target, inputs: number, seed: number, first =
   const folder = await mkdtemp(join(tmpdir(), 'limbeck-fuzz-'));
   const path = join(folder, file ?? 'none');
   const [bases, prepared] = [await seeds[target](), await prepare?.(folder)];
+  let index = first;
+  const again = () => `npm run fuzz -- ${target} --seed ${seed} --first ${index} --inputs 1`;
+  // A promise that is never settled lets Node end without a word.
+  const unanswered = (): void => {
+    process.stderr.write(`${target}, input ${index} of seed ${seed}: no answer (${again()})\n`);
+    process.exitCode = 1;
+  };
+  process.once('beforeExit', unanswered);
   const started = performance.now();
   const before = process.memoryUsage().rss;
   let [accepted, peak, slowest] = [0, before, { ms: 0, index: -1 }];
   try {
-    for (let index = first; index < first + inputs; index++) {
+    for (; index < first + inputs; index++) {
       const bytes = mutated(bases, seed, index);
       const written = file !== undefined && index % every === 0;
       if (written) writeFileSync(path, bytes);
@@ -192,8 +200,7 @@ export async function fuzz(target: Target, inputs: number, seed: number, first =
         if (typeof taken === 'boolean' ? taken : await taken) accepted++;
       } catch (error) {
         if (!LimbeckError.is(error)) {
-          const again = `npm run fuzz -- ${target} --seed ${seed} --first ${index} --inputs 1`;
-          throw new Error(`${target}, input ${index} of seed ${seed}: ${String(error)} (${again})`, { cause: error });
+          throw new Error(`${target}, input ${index} of seed ${seed}: ${String(error)} (${again()})`, { cause: error });
         }
       }
       const ms = performance.now() - from;
@@ -203,6 +210,7 @@ export async function fuzz(target: Target, inputs: number, seed: number, first =
       await nextTurn(); // native objects are freed between turns of the event loop
     }
   } finally {
+    process.off('beforeExit', unanswered);
     prepared?.dispose();
     await rm(folder, { recursive: true });
   }

@@ -56,17 +56,23 @@ async function logits(model: LanguageModel, tokens: Int32Array = ids): Promise<F
 const largest = (a: Float32Array, b: Float32Array): number => a.reduce((most, x, i) => Math.max(most, Math.abs(x - b[i]!)), 0);
 
 /** A few steps on the same tokens, so that everything that is trained moves. @returns the losses */
-async function train(model: LanguageModel, adapter: Adapter, steps = 3, pass?: (step: number) => number): Promise<number[]> {
+async function train(
+  model: LanguageModel,
+  adapter: Adapter,
+  steps = 3,
+  pass?: (step: number) => number,
+  tokens: Int32Array = ids,
+): Promise<number[]> {
   const optimizer = createOptimizer(adapter.parameters, { ...adamw, learningRate: 1e-2 });
   const losses: number[] = [];
   for (let step = 0; step < steps; step++) {
     const loss = scope(() => {
       const targets = tensor(
-        Int32Array.from(ids, (id) => (id * 5 + 1) % 97),
+        Int32Array.from(tokens, (id) => (id * 5 + 1) % 96),
         [rows, length],
       );
       const value = withDropout(adapter, pass?.(step) ?? step, () =>
-        valueAndGrad(() => linearCrossEntropy(model.hidden(input()), model.head as Tensor, targets).total),
+        valueAndGrad(() => linearCrossEntropy(model.hidden(input(tokens)), model.head as Tensor, targets).total),
       );
       optimizer.step(1e-2).dispose();
       return value;
@@ -88,23 +94,50 @@ const kinds: Record<string, AdapterOptions> = {
   'olora, rank stabilized': { rank: 2, init: 'olora', rankStabilized: true, targets: ['o_proj'] },
 };
 
+/** The folder of the base that an adapter of the fixtures belongs to. */
+const baseOf = (name: string): string => {
+  const other = ['gpt2', 'phi3'].find((base) => name.startsWith(base));
+  return other === undefined ? gemma : join(golden, 'architectures', other);
+};
+
+/** For make_adapters.py check, which asks PEFT. */
+async function keepForPeft(name: string, folder: string, model: LanguageModel, tokens: Int32Array): Promise<void> {
+  if (process.env.LIMBECK_KEEP_ADAPTERS === undefined) return;
+  const kept = join(process.env.LIMBECK_KEEP_ADAPTERS, name.replace(/\W/g, '-'));
+  await cp(folder, kept, { recursive: true });
+  const vocabulary = model.config.vocabSize;
+  await writeSafetensors(join(kept, 'logits.safetensors'), [
+    { name: 'input_ids', dtype: 'I32', shape: [rows, length], data: tokens },
+    { name: 'logits', dtype: 'F32', shape: [rows, length, vocabulary], data: await logits(model, tokens) },
+  ]);
+}
+
 describe('adapters that PEFT wrote', () => {
-  test.each(['lora', 'rslora', 'dora'])('%s: its logits', async (name) => {
-    const expected = await openSafetensors(join(golden, 'adapters', 'expected.safetensors'));
-    const tokens = (await expected.read('input_ids')) as Int32Array;
-    const theirs = (await expected.read(name)) as Float32Array;
-    await expected.close();
-    const model = await loadWeights(gemma, { dtype: 'f32' });
-    const without = await logits(model, tokens);
-    const adapter = await loadAdapter(join(golden, 'adapters', name), model);
-    const ours = await logits(model, tokens);
-    expect(largest(ours, theirs)).toBeLessThan(1e-4);
-    expect(largest(without, theirs)).toBeGreaterThan(0.1);
-    setAdapter(model, null);
-    expect(await logits(model, tokens)).toEqual(without);
-    adapter.dispose();
-    model.dispose();
-  });
+  test.each(['lora', 'rslora', 'dora', 'patterns', 'gpt2', 'gpt2dora', 'phi3'])(
+    '%s: its logits, saved again too',
+    async (name) => {
+      const expected = await openSafetensors(join(golden, 'adapters', 'expected.safetensors'));
+      const tokens = (await expected.read('input_ids')) as Int32Array;
+      const theirs = (await expected.read(name)) as Float32Array;
+      await expected.close();
+      const model = await loadWeights(baseOf(name), { dtype: 'f32' });
+      const without = await logits(model, tokens);
+      const adapter = await loadAdapter(join(golden, 'adapters', name), model);
+      const ours = await logits(model, tokens);
+      expect(largest(ours, theirs)).toBeLessThan(1e-4);
+      expect(largest(without, theirs)).toBeGreaterThan(0.1);
+      const folder = join(scratch, `again-${name}`);
+      await saveAdapter(folder, model, adapter);
+      await keepForPeft(`again-${name}`, folder, model, tokens);
+      setAdapter(model, null);
+      expect(await logits(model, tokens)).toEqual(without);
+      adapter.dispose();
+      const again = await loadAdapter(folder, model);
+      expect(largest(await logits(model, tokens), theirs)).toBeLessThan(1e-4);
+      again.dispose();
+      model.dispose();
+    },
+  );
 });
 
 describe.each(Object.entries(kinds))('%s', (name, options) => {
@@ -121,16 +154,7 @@ describe.each(Object.entries(kinds))('%s', (name, options) => {
 
     const folder = join(scratch, name.replace(/\W/g, '-'));
     await saveAdapter(folder, model, adapter);
-    // For make_adapters.py check, which asks PEFT.
-    if (process.env.LIMBECK_KEEP_ADAPTERS !== undefined) {
-      const kept = join(process.env.LIMBECK_KEEP_ADAPTERS, name.replace(/\W/g, '-'));
-      await cp(folder, kept, { recursive: true });
-      const vocabulary = model.config.vocabSize;
-      await writeSafetensors(join(kept, 'logits.safetensors'), [
-        { name: 'input_ids', dtype: 'I32', shape: [rows, length], data: ids },
-        { name: 'logits', dtype: 'F32', shape: [rows, length, vocabulary], data: after },
-      ]);
-    }
+    await keepForPeft(name, folder, model, ids);
     adapter.dispose();
     expect(await logits(model)).toEqual(before);
 
@@ -160,6 +184,38 @@ describe.each(Object.entries(kinds))('%s', (name, options) => {
     expect(largest(back, before)).toBeLessThan(rounding);
     if (dtype === 'f32') expect(largest(merged, before)).toBeGreaterThan(1e-3);
     adapter.dispose();
+    model.dispose();
+  });
+});
+
+describe.each([
+  ['gpt2', 'all-linear', { rank: 2, alpha: 3 }],
+  ['gpt2', ['q_proj', 'v_proj'], { rank: 3, alpha: 5, rankStabilized: true }],
+  ['gpt2', ['k_proj', 'c_fc'], { rank: 2, kind: 'dora' }],
+  ['phi3', ['q_proj', 'up_proj', 'down_proj'], { rank: 3, init: 'olora' }],
+  ['phi3', '*.layers.1.*', { rank: 2 }],
+] as const)('%s, %j', (base, targets, options) => {
+  test('adapters of parts of joint matrices go into a file as one of the whole, and come back', async () => {
+    const model = await loadWeights(baseOf(base), { dtype: 'f32' });
+    const tokens = ids.map((id) => id % 96);
+    const before = await logits(model, tokens);
+    const adapter = await createAdapter(model, { seed: 3, ...options, targets });
+    await train(model, adapter, 3, undefined, tokens);
+    const after = await logits(model, tokens);
+    expect(largest(after, before)).toBeGreaterThan(1e-3);
+    const name = `${base}-${String(targets)}`;
+    const folder = join(scratch, name.replace(/\W/g, '-'));
+    await saveAdapter(folder, model, adapter);
+    await keepForPeft(name, folder, model, tokens);
+    await using stored = await openSafetensors(join(folder, 'adapter_model.safetensors'));
+    for (const tensor of stored.tensors.keys()) expect(tensor).not.toMatch(/\.(q|k|v|gate|up)_proj/);
+    const values = await readAs(adapter.parameters.values, 'f32');
+    adapter.dispose();
+    const loaded = await loadAdapter(folder, model, { trainable: true });
+    expect(await readAs(loaded.parameters.values, 'f32')).toEqual(values);
+    expect(largest(await logits(model, tokens), after)).toBeLessThan(1e-6);
+    await train(model, loaded, 1, undefined, tokens);
+    loaded.dispose();
     model.dispose();
   });
 });
@@ -402,8 +458,12 @@ describe('adapters that do not belong here', () => {
   test.each([
     ['peft_type', 'IA3', /peft_type is "IA3", expected "LORA"/],
     ['modules_to_save', ['lm_head'], /modules_to_save is \["lm_head"\]/],
-    ['rank_pattern', { q_proj: 4 }, /rank_pattern/],
-    ['alpha_pattern', { q_proj: 4 }, /alpha_pattern/],
+    ['rank_pattern', { q_proj: 4 }, /expected \[4 K\] and \[N 4\]/],
+    ['rank_pattern', { q_proj: 1.5 }, /rank_pattern\['q_proj'\] is 1.5, expected a whole number/],
+    ['alpha_pattern', { q_proj: '4' }, /alpha_pattern\['q_proj'\] is "4", expected a number above 0/],
+    ['alpha_pattern', ['q_proj'], /alpha_pattern is \["q_proj"\], expected an object/],
+    ['alpha_pattern', { '(.*.*)+x': 1 }, /alpha_pattern is of '\(\.\*\.\*\)\+x', expected the name of a matrix/],
+    ['alpha_pattern', { '([': 1 }, /alpha_pattern is of '\(\['/],
     ['bias', 'all', /bias is "all"/],
     ['init_lora_weights', 'pissa', /init_lora_weights is "pissa"/],
     ['lora_bias', true, /lora_bias/],

@@ -266,6 +266,26 @@ describe('log-probabilities over 256 positions', () => {
     },
   );
 
+  test.each([
+    ['short', 1024, 1],
+    ['long', 128, 0.75],
+  ] as const)('LongRoPE by the factors of %s texts', { timeout: 60_000 }, async (_, context, rotaryShare) => {
+    const factors = (most: number) => Array.from({ length: 8 * rotaryShare }, (_, i) => 1 + (most * i) / 8);
+    const ropeScaling = { kind: 'longrope', short: factors(1), long: factors(12), context, magnitude: 1.25 } as const;
+    const config: DecoderConfig = { ...phi3, context: 2048, ropeScaling, ...(rotaryShare === 1 ? {} : { rotaryShare }) };
+    for (const type of ['f16', 'q8_0'] as const) {
+      const r = await answers(config, type);
+      const rounding = difference(r.original, r.again);
+      expect(difference(r.again, r.llamaCpp)).toBeLessThan(2 * rounding);
+      expect(doubt(r.again, r.llamaCpp)).toBeLessThan(8 * rounding);
+      expect(r.notes).toEqual([expect.stringContaining(`given a context above ${context}`)]);
+      expect(r.config).toMatchObject({ architecture: 'phi3', ropeScaling });
+      const other = withBiases(createModel({ ...config, ropeScaling: null }, { seed: 3, trainable: false }));
+      expect(difference(r.original, await ours(other, ids))).toBeGreaterThan(5 * rounding);
+      other.dispose();
+    }
+  });
+
   test('mixtures of K types, and tensors whose rows are no whole blocks', { timeout: 60_000 }, async () => {
     const wide = { ...gemma2, width: 256, hidden: 512, layers: 8, heads: 8, initStd: 0.1 };
     const joint = { ...phi3, width: 256, hidden: 512, layers: 8, heads: 8, headSize: 32, queryScalar: 32, initStd: 0.1 };
