@@ -1,11 +1,12 @@
-// Attention forward on Hopper. A block: 128 queries of one head, resident; keys and values stream by in blocks of BN, two stages each,
-// from the right edge of the mask to its left. A compute warpgroup has 64 queries: scores in BN / 2 registers of a thread, outputs in
-// D / 2, weights in BN / 4, which multiply the values without leaving the registers. The product of the next scores is issued before
-// that of the weights, so that the tensor cores work while weights are made.
+// Attention forward on Hopper. A block: 128 queries of one head, resident; keys and values stream by in blocks of BN, from the right edge
+// of the mask to its left. A compute warpgroup has 64 queries: scores in BN / 2 registers of a thread, outputs in D / 2, weights in
+// BN / 4, which multiply the values without leaving the registers.
+//
+// The warpgroups take turns at the tensor cores: one makes weights while another multiplies those of its last block and makes the next
+// scores. Its turn ends when these are begun, so that the tensor cores go from one to the other without a pause.
 //
 // Two heads that share keys and values see the same of them in the same rows: where there are such pairs, their blocks form a cluster
-// and each loads half of every tile for both. Up to head size 128, where making weights takes almost as long as the products, the
-// warpgroups take turns at the tensor cores.
+// and each loads half of every tile for both.
 //
 // Only blocks that cut the mask's edges carry mask code. With a cap up to 60 e^score fits in a float as it is: no maximum, no rescaling,
 // and the outputs are touched by the tensor cores alone; otherwise softmax is online.
@@ -19,7 +20,10 @@ template <int D>
 constexpr int kForwardKeys = D == 256 ? 80 : 128;
 
 template <int D>
-constexpr size_t kForwardShared = 4 * (kTileWords<D, 2 * kRows> + 4 * kTileWords<D, kForwardKeys<D>>) + 128;
+constexpr int kForwardStages = D == 256 ? 2 : 3;
+
+template <int D>
+constexpr size_t kForwardShared = 4 * (kTileWords<D, 2 * kRows> + 2 * kForwardStages<D> * kTileWords<D, kForwardKeys<D>>) + 128;
 
 struct Forward {
   Problem p;
@@ -56,6 +60,24 @@ __device__ __forceinline__ void weigh(float (&x)[N / 2], const Seen& seen, int c
     x[i] = ptx::ex2(Direct ? x[i] : x[i] - top[r]);
     sum[r] += x[i];
   }
+}
+
+// Weights of products that are all seen, as if they were small, in one go: exponentials run beside the polynomial. Only then is known
+// whether a warp's products were that; if not, nothing of this counts.
+template <int N>
+__device__ __forceinline__ bool weigh_small(const Score& score, const float (&x)[N / 2], uint32_t (&weights)[N / 16][4], float (&sum)[2]) {
+  int largest = 0;
+  float part[2] = {sum[0], sum[1]};
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const float2 s = small_scores(score, x[2 * i], x[2 * i + 1], largest), w = make_float2(ptx::ex2(s.x), ptx::ex2(s.y));
+    part[i % 2] += w.x;
+    part[i % 2] += w.y;
+    weights[i / 4][i % 4] = pack_bf16(w.x, w.y);
+  }
+  if (__any_sync(0xffffffffu, __int_as_float(largest) > score.small_reach)) return false;
+  sum[0] = part[0], sum[1] = part[1];
+  return true;
 }
 
 // What is not finite in a value that a row does not see came into it as 0 * x in its block. Such a row is made again, by its warp, from
@@ -103,13 +125,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
            const __grid_constant__ TensorMap y_map, const __grid_constant__ Forward f) {
 #if LIMBECK_HOPPER
-  constexpr int BM = 2 * kRows, BN = kForwardKeys<D>, kTile = kTileWords<D, BN>;
+  if (threadIdx.x == 0)
+    for (const TensorMap* map : {&q_map, &k_map, &v_map, &y_map}) ptx::prefetch_tensor_map(map);
+  constexpr int BM = 2 * kRows, BN = kForwardKeys<D>, kTile = kTileWords<D, BN>, kStages = kForwardStages<D>;
   Shared shared;
   uint32_t* q = shared.take<uint32_t>(kTileWords<D, BM>, 1024);
-  uint32_t* k = shared.take<uint32_t>(2 * kTile, 1024);
-  uint32_t* v = shared.take<uint32_t>(2 * kTile, 1024);
-  uint64_t* barriers = shared.take<uint64_t>(9);
-  uint64_t *q_full = barriers, *k_full = barriers + 1, *v_full = barriers + 3, *k_empty = barriers + 5, *v_empty = barriers + 7;
+  uint32_t* k = shared.take<uint32_t>(kStages * kTile, 1024);
+  uint32_t* v = shared.take<uint32_t>(kStages * kTile, 1024);
+  uint64_t* q_full = shared.take<uint64_t>(1 + 4 * kStages);
+  uint64_t *k_full = q_full + 1, *v_full = k_full + kStages, *k_empty = v_full + kStages, *v_empty = k_empty + kStages;
 
   const Problem& p = f.p;
   const Place at = place_of(f.order, static_cast<int>(blockIdx.x));
@@ -122,29 +146,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(q_full, 1);
-    init_ring(k_full, k_empty, f.cluster);
-    init_ring(v_full, v_empty, f.cluster);
+    init_ring<kStages>(k_full, k_empty, f.cluster);
+    init_ring<kStages>(v_full, v_empty, f.cluster);
     ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(q_full, 4 * kTileWords<D, BM>);
+    load_rows<D>(q, BM, q_map, q_full, head, row0, batch);
+    load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
   }
   __syncthreads();
-  if (f.cluster > 1) ptx::cluster_sync();
+  if (f.cluster > 1) ptx::cluster_sync_relaxed();
 
   if (warpgroup_of_thread() == 0) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive_expect_tx(q_full, 4 * kTileWords<D, BM>);
-      load_rows<D>(q, BM, q_map, q_full, head, row0, batch);
-      load_rows<D>(q + kRows * 32, BM, q_map, q_full, head, row0 + kRows, batch);
-      for (int i = 0; i < end - begin; ++i) {
-        const int stage = stage_of<2>(i), key = (end - 1 - i) * BN;
-        ptx::mbarrier_wait(k_empty + stage, parity_of<2>(i) ^ 1);
-        ptx::mbarrier_arrive_expect_tx(k_full + stage, 4 * kTile);
-        load_shared_rows<D, BN>(k + stage * kTile, k_map, k_full + stage, kv_head, key, batch, f.cluster);
-        ptx::mbarrier_wait(v_empty + stage, parity_of<2>(i) ^ 1);
-        ptx::mbarrier_arrive_expect_tx(v_full + stage, 4 * kTile);
-        load_shared_rows<D, BN>(v + stage * kTile, v_map, v_full + stage, kv_head, key, batch, f.cluster);
+    // A thread for each ring: keys do not wait for the values before them, which are read later.
+    const auto load = [&](uint32_t* tiles, const TensorMap& map, uint64_t* full, uint64_t* empty) {
+      Slot<kStages> slot;
+      for (int block = end - 1; block >= begin; --block, slot.next()) {
+        ptx::mbarrier_wait(empty + slot.stage, slot.parity ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full + slot.stage, 4 * kTile);
+        load_shared_rows<D, BN>(tiles + slot.stage * kTile, map, full + slot.stage, kv_head, block * BN, batch, f.cluster);
       }
-    }
+    };
+    if (threadIdx.x == 0) load(k, k_map, k_full, k_empty);
+    if (threadIdx.x == 32) load(v, v_map, v_full, v_empty);
     leave(f.cluster);
     return;
   }
@@ -163,65 +187,71 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t weights[BN / 16][4];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) out[i] = 0;
+  bool small = Direct;
+  // What the products of the next block are to the outputs.
   const auto to_weights = [&](float (&x)[BN / 2], int block) __attribute__((always_inline)) {
+    const bool all = block >= all_begin && block < all_end;
+    if constexpr (Direct) {
+      // Where one block had larger ones, others have: they are not tried again.
+      if (all && small && (small = weigh_small<BN>(f.score, x, weights, sum))) return;
+    }
     to_scores(f.score, x);
     const int column = block * BN + thread_column();
-    if (block >= all_begin && block < all_end)
+    if (all)
       weigh<BN, Direct, false>(x, seen, column, sum, top, down);
     else
       weigh<BN, Direct, true>(x, seen, column, sum, top, down);
-  };
-
-  const int blocks = end - begin;
-  constexpr bool kTurns = D <= 128;
-  constexpr int kTurn = 3;  // and the next: barriers of both warpgroups
-  const int me = warpgroup_of_thread() - 1;
-  const auto take_turn = [&](int i) __attribute__((always_inline)) {
-    if (kTurns && (me == 1 || i > 0)) ptx::bar_sync(kTurn + me, 256);
-  };
-  const auto end_turn = [&](int i) __attribute__((always_inline)) {
-    if (kTurns && (me == 0 || i + 1 < blocks)) ptx::bar_arrive(kTurn + 1 - me, 256);
-  };
-
-  ptx::mbarrier_wait(q_full, 0);
-  {
-    float x[BN / 2];
-    ptx::mbarrier_wait(k_full, 0);
-    take_turn(0);
-    multiply_rows<BN, D>(x, rows, BM, k, BN);
-    end_turn(0);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_settle(x);
-    release(k_empty, f.cluster);
-    to_weights(x, end - 1);
-    pack<BN>(x, weights);
-  }
-
-  for (int i = 1; i < blocks; ++i) {
-    const int stage = stage_of<2>(i), last = stage ^ 1;
-    float x[BN / 2];  // of this turn: nothing of the last one stays in registers
-    ptx::mbarrier_wait(k_full + stage, parity_of<2>(i));
-    take_turn(i);
-    multiply_rows<BN, D>(x, rows, BM, k + stage * kTile, BN);
-    ptx::mbarrier_wait(v_full + last, parity_of<2>(i - 1));
-    multiply_columns<D, BN>(out, weights, v + last * kTile);
-    end_turn(i);
-    ptx::wgmma_wait<1>();
-    ptx::wgmma_settle(x);
-    release(k_empty + stage, f.cluster);
-    to_weights(x, end - 1 - i);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_settle(x);
-    ptx::wgmma_settle(out);
-    release(v_empty + last, f.cluster);
     if constexpr (!Direct) {
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) out[j] *= down[j / 2 % 2];
     }
     pack<BN>(x, weights);
+  };
+
+  constexpr int kTurn = 3;  // and the next: barriers of both warpgroups
+  const int me = warpgroup_of_thread() - 1;
+  const auto take_turn = [&](int block) __attribute__((always_inline)) {
+    if (me == 1 || block < end - 1) ptx::bar_sync(kTurn + me, 256);
+  };
+  const auto end_turn = [&](int block) __attribute__((always_inline)) {
+    if (me == 0 || block > begin) ptx::bar_arrive(kTurn + 1 - me, 256);
+  };
+
+  Slot<kStages> k_slot, v_slot;
+  ptx::mbarrier_wait(q_full, 0);
+  {
+    float x[BN / 2];
+    ptx::mbarrier_wait(k_full, 0);
+    take_turn(end - 1);
+    multiply_rows<BN, D>(x, rows, BM, k, BN);
+    end_turn(end - 1);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(x);
+    release(k_empty, f.cluster);
+    k_slot.next();
+    to_weights(x, end - 1);
   }
-  ptx::mbarrier_wait(v_full + stage_of<2>(blocks - 1), parity_of<2>(blocks - 1));
-  multiply_columns<D, BN>(out, weights, v + stage_of<2>(blocks - 1) * kTile);
+
+  for (int block = end - 2; block >= begin; --block) {
+    float x[BN / 2];  // of this turn: nothing of the last one stays in registers
+    ptx::mbarrier_wait(v_full + v_slot.stage, v_slot.parity);
+    take_turn(block);
+    multiply_columns<D, BN>(out, weights, v + v_slot.stage * kTile);
+    ptx::mbarrier_wait(k_full + k_slot.stage, k_slot.parity);
+    multiply_rows<BN, D>(x, rows, BM, k + k_slot.stage * kTile, BN);
+    end_turn(block);
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_settle(out);
+    release(v_empty + v_slot.stage, f.cluster);
+    v_slot.next();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_settle(x);
+    release(k_empty + k_slot.stage, f.cluster);
+    k_slot.next();
+    to_weights(x, block);
+  }
+  ptx::mbarrier_wait(v_full + v_slot.stage, v_slot.parity);
+  multiply_columns<D, BN>(out, weights, v + v_slot.stage * kTile);
   ptx::wgmma_wait<0>();
   ptx::wgmma_settle(out);
 

@@ -8,6 +8,9 @@
 //
 // All kernels see the mask as a run of columns for each row: [from, from + count).
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "cuda/attention.cuh"
 #include "cuda/launch.h"
 
@@ -35,7 +38,9 @@ constexpr int kTileWords = kPanels<D> * Rows * 32;
 // Scores in units of log 2: factor * x, or with a cap, top * tanh(factor * x).
 struct Score {
   float factor, top, inverse;  // inverse: 1 / top^2
-  float c[5];                  // top * tanh(x) = x (c0 + c1 x^2 + ...) for |x| <= 1, to 7e-6
+  float c[5];                  // top * tanh(factor * x) = x (c0 + c1 x^2 + ...) for |x| <= reach, to 7e-6
+  float reach;                 // 1 / |factor|
+  float small[3], small_reach;  // the same with three terms, for x^2 <= small_reach: scores up to two fifths of the cap
   bool capped;
 };
 
@@ -45,8 +50,17 @@ inline Score score_of(const Problem& p) {
   s.factor = p.capped ? p.soft_factor : p.factor;
   s.top = p.capped ? p.factor : 0.f;
   s.inverse = p.capped ? 1.f / (s.top * s.top) : 0.f;
-  const float odd[5] = {0.99999309f, -0.33298066f, 0.1303681f, -0.04481754f, 0.00903642f};
-  for (int i = 0; i < 5; ++i) s.c[i] = odd[i] * s.top;
+  const double odd[5] = {0.99999309, -0.33298066, 0.1303681, -0.04481754, 0.00903642};
+  const double small_odd[3] = {0.99999375, -0.33262579, 0.12127787};
+  double power = s.factor;
+  for (int i = 0; i < 5; ++i, power *= s.factor * s.factor) {
+    s.c[i] = static_cast<float>(odd[i] * s.top * power);
+    if (i < 3) s.small[i] = static_cast<float>(small_odd[i] * s.top * power);
+  }
+  // A scale so odd that the ninth power of the factor is no float gets e^2x alone.
+  const float size = std::fabs(s.factor);
+  s.reach = size > 1e-4f && size < 1e4f ? 1 / size : 0.f;
+  s.small_reach = 0.16f * s.reach * s.reach;
   return s;
 }
 
@@ -57,8 +71,10 @@ struct Order {
 };
 
 inline Order order_of(int tiles, int columns, int sharing, double column_bytes) {
-  const int fit = static_cast<int>(32e6 / (column_bytes + 1)) * sharing;
-  return {tiles, columns, fit < sharing ? sharing : fit > columns ? columns : fit};
+  const int groups = (columns + sharing - 1) / sharing, fit = std::max(static_cast<int>(32e6 / (column_bytes + 1)), 1);
+  // As many in each: a last section of few columns could not fill the GPU.
+  const int sections = (groups + fit - 1) / fit;
+  return {tiles, columns, (groups + sections - 1) / sections * sharing};
 }
 
 struct Place {
@@ -82,6 +98,16 @@ __device__ __forceinline__ uint32_t parity_of(int i) {
   return static_cast<uint32_t>(i / Stages) & 1;
 }
 
+// A place that walks over the stages of a ring: stage and parity.
+template <int Stages>
+struct Slot {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == Stages) stage = 0, parity ^= 1;
+  }
+};
+
 // The barriers of a ring that the blocks of a cluster fill for each other, by the one thread that sets them up.
 template <int Stages = 2>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int cluster) {
@@ -103,17 +129,13 @@ __device__ __forceinline__ int warpgroup_of_thread() {
 __device__ __forceinline__ void release(uint64_t* empty, int cluster) {
   __syncwarp();
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (cluster == 1) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  } else if (lane < cluster) {
-    ptx::mbarrier_arrive_cluster(ptx::mapa(empty, static_cast<uint32_t>(lane)));
-  }
+  if (lane < cluster) ptx::mbarrier_arrive_cluster(ptx::mapa(empty, static_cast<uint32_t>(lane)));
 }
 
 // A block may leave when no other will touch its shared memory. Whole warps.
 __device__ __forceinline__ void leave(int cluster) {
   __syncwarp();
-  if (cluster > 1) ptx::cluster_sync();
+  if (cluster > 1) ptx::cluster_sync_relaxed();
 }
 
 // Rows [row, row + box) of one head, all panels. `rows` is the height of the tile that they are part of.
@@ -198,32 +220,48 @@ __device__ __forceinline__ int first_key(const Problem& p, int batch, int row) {
   return p.starts ? min(max(from, p.starts[static_cast<int64_t>(batch) * p.t + row]), position + 1) : from;
 }
 
-// Products to scores. With a cap: below |x| = 1, where scores nearly always are, a polynomial that leaves the special function unit to
+// With a cap: whether the polynomial holds for all of a warp's products. Several chains, so that none is waited for.
+template <int N>
+__device__ __forceinline__ bool all_near(const Score& s, const float (&x)[N]) {
+  constexpr int kChains = N < 4 ? N : 4;
+  float high[kChains];
+#pragma unroll
+  for (int i = 0; i < kChains; ++i) high[i] = fabsf(x[i]);
+#pragma unroll
+  for (int i = kChains; i < N; ++i) high[i % kChains] = fmaxf(high[i % kChains], fabsf(x[i]));
+#pragma unroll
+  for (int i = 1; i < kChains; ++i) high[0] = fmaxf(high[0], high[i]);
+  return !__any_sync(0xffffffffu, high[0] > s.reach);
+}
+__device__ __forceinline__ float near_score(const Score& s, float x) {
+  const float x2 = x * x;
+  return x * (s.c[0] + x2 * (s.c[1] + x2 * (s.c[2] + x2 * (s.c[3] + x2 * s.c[4]))));
+}
+
+// The same of two small x. `largest` becomes the largest x^2 so far: bits of floats that are not negative are ordered as these.
+__device__ __forceinline__ float2 small_scores(const Score& s, float x, float y, int& largest) {
+  const float x2 = x * x, y2 = y * y;
+  largest = ptx::max(largest, __float_as_int(x2), __float_as_int(y2));
+  return make_float2(x * (s.small[0] + x2 * (s.small[1] + x2 * s.small[2])), y * (s.small[0] + y2 * (s.small[1] + y2 * s.small[2])));
+}
+
+// Products to scores. With a cap: within reach, where scores nearly always are, a polynomial that leaves the special function unit to
 // the exponentials; where a warp has larger ones, those by e^2x.
 template <int N>
 __device__ __forceinline__ void to_scores(const Score& s, float (&x)[N]) {
   if (!s.capped) {
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] *= s.factor;
-    return;
-  }
-  float high = 0;
+  } else if (all_near(s, x)) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) high = fmaxf(high, fabsf(x[i]));
-  const auto near = [&s](float y) {
-    const float y2 = y * y;
-    return y * (s.c[0] + y2 * (s.c[1] + y2 * (s.c[2] + y2 * (s.c[3] + y2 * s.c[4]))));
-  };
-  if (__any_sync(0xffffffffu, high * fabsf(s.factor) > 1.f)) {
+    for (int i = 0; i < N; ++i) x[i] = near_score(s, x[i]);
+  } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float y = x[i] * s.factor, far = 1.f - 2.f * ptx::rcp(1.f + ptx::ex2(y * (2 * kLog2e)));
-      x[i] = fabsf(y) > 1.f ? far * s.top : near(y);
+      const float far = 1.f - 2.f * ptx::rcp(1.f + ptx::ex2(x[i] * s.factor * (2 * kLog2e)));
+      x[i] = fabsf(x[i]) > s.reach ? far * s.top : near_score(s, x[i]);
     }
-    return;
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = near(x[i] * s.factor);
 }
 
 // Sum, maximum over the four lanes of a row.

@@ -56,6 +56,9 @@ LIMBECK_DEVICE float rcp(float x) {
   return y;
 }
 
+// The largest of three: one instruction of sm_90.
+LIMBECK_DEVICE int max(int a, int b, int c) { return __vimax3_s32(a, b, c); }
+
 // Two numbers in fp8 (e4m3), the first in the low byte: to the nearest, beyond 448 to 448. Before sm_89 there is no instruction.
 LIMBECK_DEVICE uint32_t pack_float8(float low, float high) {
 #if __CUDA_ARCH__ >= 890
@@ -362,6 +365,8 @@ LIMBECK_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
+// The same where no block reads what another wrote, but for barriers after fence_mbarrier_init: without a fence of memory.
+LIMBECK_DEVICE void cluster_sync_relaxed() { LIMBECK_SM90("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
 // The address in block `rank` of what lies at `shared` in this one.
 LIMBECK_DEVICE uint32_t mapa(const void* shared, uint32_t rank) {
   uint32_t address = 0;

@@ -1,5 +1,6 @@
 // The second body of ptx.cuh: the same names, which hand their operands to models of the instructions in this folder.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "core/float8.h"
@@ -56,6 +57,7 @@ inline float lg2(float x) { return std::log2(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float rcp(float x) { return 1.0f / x; }
+inline int max(int a, int b, int c) { return std::max(std::max(a, b), c); }
 inline uint32_t pack_float8(float low, float high) { return float8_from(low) | static_cast<uint32_t>(float8_from(high)) << 8; }
 inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
 
@@ -198,6 +200,7 @@ inline void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
+inline void cluster_sync_relaxed() { cluster_sync(); }
 inline uint32_t mapa(const void* shared, uint32_t rank) { return emulate::map_to_block(emulate::shared_address(shared), rank); }
 inline void mbarrier_arrive_cluster(uint32_t barrier) { emulate::mbarrier_arrive(barrier, true, 0); }
 inline void store_cluster(uint32_t address, float x, float y, float z, float w) {
