@@ -5,6 +5,7 @@ import { type LanguageModel, loadModel, loadWeights } from '../models/model.ts';
 import { linearCrossEntropy, linearDistill } from '../ops/loss.ts';
 import { dot } from '../ops/reduce.ts';
 import { reshape } from '../ops/reshape.ts';
+import { checkModel } from '../tensor/argument.ts';
 import { type Device, startFor } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
 import { scope } from '../tensor/scope.ts';
@@ -29,6 +30,7 @@ export async function evaluateModel(
   batches: AsyncIterable<Batch> | Iterable<Batch>,
   options: ComparisonOptions = {},
 ): Promise<Evaluation> {
+  checkModel('evaluateModel', model);
   const sums = { loss: 0, kl: 0, agreement: 0 };
   let tokens = 0;
   let compared = false;

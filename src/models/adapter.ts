@@ -23,6 +23,7 @@ import {
   setAdapter,
 } from '../nn/lora.ts';
 import { cast } from '../ops/elementwise.ts';
+import { checkObject, checkText } from '../tensor/argument.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { widenBf16 } from '../tensor/half.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -181,6 +182,8 @@ export type LoadAdapterOptions = Pick<AdapterOptions, 'ratio' | 'dropout' | 'see
  * @throws ConfigError for an adapter of another base.
  */
 export async function loadAdapter(folder: string, model: Base, options: LoadAdapterOptions = {}): Promise<Adapter> {
+  checkText('loadAdapter', 'folder', folder, 'the path of a folder');
+  checkObject('loadAdapter', 'model', model, 'the model that it belongs to', 'config', 'parameters');
   const config = await readPeftConfig(join(folder, files.config));
   const path = join(folder, files.weights);
   const stored = await openSafetensors(path);

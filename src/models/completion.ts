@@ -1,5 +1,6 @@
 // Texts from a model: prompts in, pieces or whole completions out. All stand on `generateTokens`.
 import { join } from 'node:path';
+import { checkModel, checkObject } from '../tensor/argument.ts';
 import { type Device, startFor } from '../tensor/engine.ts';
 import { DataError } from '../tensor/errors.ts';
 import { encodePrompt } from '../tokenizer/sentinels.ts';
@@ -48,6 +49,11 @@ export interface TextToken extends TokenLogProb {
   readonly top?: readonly TokenLogProb[];
 }
 
+function checkCall(op: string, model: unknown, tokenizer: unknown): void {
+  checkModel(op, model);
+  checkObject(op, 'tokenizer', tokenizer, 'a tokenizer, as loadModel and loadTokenizer give it', 'encode', 'decoder');
+}
+
 /**
  * Continues a prompt and yields a piece for each token, and one at the end. It ends at the tokenizer's end token, a stop text or id, after
  * `tokens` tokens, or when the signal is aborted.
@@ -59,6 +65,7 @@ export async function* streamText(
   prompt: Prompt,
   options: TextOptions = {},
 ): AsyncGenerator<TextPiece, void, undefined> {
+  checkCall('generateText', model, tokenizer);
   const text = textWriter(tokenizer.decoder({ skipSpecial: true }), options.stop);
   const request = requestOf(tokenizer, prompt, options, text);
   for await (const event of generateTokens(model, [request], batchOptions(tokenizer, options))) {
@@ -110,6 +117,8 @@ export async function* completions(
   prompts: readonly Prompt[],
   options: CompleteOptions = {},
 ): AsyncGenerator<TextCompletion, void, undefined> {
+  checkCall('complete', model, tokenizer);
+  if (!Array.isArray(prompts)) checkObject('complete', 'prompts', undefined, 'a list of texts');
   const states = prompts.map((prompt, index) => {
     const own = { ...options, seed: (options.seed ?? 0) + index, ...options.each?.(index) };
     const text = textWriter(tokenizer.decoder({ skipSpecial: true }), own.stop);

@@ -1,9 +1,11 @@
 // Tokens from a model, with keys and values kept: some texts at a time, each with a place in the cache that the next one takes over.
 //   B texts of a step, T tokens, C width, V vocabulary, K largest logits
+
 import { cast, softcap } from '../ops/elementwise.ts';
 import { linear } from '../ops/linear.ts';
 import { reshape, rows } from '../ops/reshape.ts';
 import { topLogits } from '../ops/sample.ts';
+import { checkModel } from '../tensor/argument.ts';
 import { DataError } from '../tensor/errors.ts';
 import { type Graph, graph } from '../tensor/graph.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -101,6 +103,7 @@ export async function* generateTokens(
   requests: readonly TokenRequest[],
   options: BatchOptions = {},
 ): AsyncGenerator<GenerationEvent, void, undefined> {
+  checkModel('generateTokens', model);
   const { batch = 8, chunk = 512, vocabSize = model.config.vocabSize, signal } = options;
   check('batch', batch, Number.isInteger(batch) && batch >= 1, 'a whole number from 1');
   check('chunk', chunk, Number.isInteger(chunk) && chunk >= 1, 'a whole number from 1');

@@ -5,6 +5,7 @@ import { type Gguf, openGguf, writeGguf } from '../io/gguf.ts';
 import type { GgufInput, GgufMetadata, GgufValue } from '../io/gguf-header.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
+import { checkModel } from '../tensor/argument.ts';
 import { sync } from '../tensor/engine.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -47,6 +48,7 @@ export async function exportGguf(
   tokenizer?: Tokenizer,
   options: ExportGgufOptions = {},
 ): Promise<readonly string[]> {
+  checkModel('exportGguf', model);
   const { type = 'f16', signal, onProgress } = options;
   const { parameters } = model;
   if (!ggufTypes.includes(type)) {

@@ -4,6 +4,7 @@ import { join, resolve } from 'node:path';
 import { writeAll, writeAtomic } from '../io/atomic.ts';
 import { mergeAdapter } from '../nn/lora.ts';
 import type { ParameterOptions, Parameters, SpecTree } from '../nn/parameters.ts';
+import { checkObject, checkText } from '../tensor/argument.ts';
 import { ConfigError, FormatError } from '../tensor/errors.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 import { loadTokenizer, type Tokenizer } from '../tokenizer/tokenizer.ts';
@@ -58,6 +59,7 @@ export function modelConfig(preset: string, changes: ModelChanges = {}): ModelCo
 
 /** Makes a model with random weights on the current device. */
 export function createModel(config: ModelConfig, options: ParameterOptions = {}): LanguageModel {
+  checkObject('createModel', 'config', config, 'a config, such as modelConfig() gives');
   const built = buildModel(config, options);
   return { config, ...built, dispose: () => built.parameters.dispose() };
 }
@@ -83,10 +85,13 @@ export interface SaveOptions {
  */
 export async function saveModel(
   folder: string,
-  { config, parameters }: Pick<LanguageModel, 'config' | 'parameters'>,
+  model: Pick<LanguageModel, 'config' | 'parameters'>,
   tokenizer?: Tokenizer,
   { dtype = 'f32', shardBytes = 5e9, files = {} }: SaveOptions = {},
 ): Promise<void> {
+  checkText('saveModel', 'folder', folder, 'the path of a folder');
+  checkObject('saveModel', 'model', model, 'a model', 'config', 'parameters');
+  const { config, parameters } = model;
   await mkdir(folder, { recursive: true });
   const text = (name: string, content: string) => writeAtomic(join(folder, name), (file) => writeAll(file, Buffer.from(content)));
   await text(configFile, transformersText(config, tokenizer, { torch_dtype: dtype === 'f32' ? 'float32' : 'bfloat16' }));
@@ -113,6 +118,7 @@ export interface LoadedModel {
  * @throws FormatError for a file that is damaged, of an architecture or with an option that is not known, or does not fit the config.
  */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
+  checkText('loadModel', 'folder', folder, 'the path of a model folder or a .gguf file');
   if (isGguf(folder)) {
     return withGguf(folder, async (file) => {
       const tokenizer = file.tokenizer();
@@ -150,6 +156,7 @@ function checkVocabulary(where: string, { vocabSize }: Tokenizer, config: ModelC
 
 /** The configuration of a model folder or GGUF file. @throws FormatError */
 export async function loadConfig(folder: string): Promise<ModelConfig> {
+  checkText('loadConfig', 'folder', folder, 'the path of a model folder or a .gguf file');
   if (isGguf(folder)) return withGguf(folder, async ({ config }) => config);
   const base = await adapterBase(folder);
   if (base !== undefined) return loadConfig(base);
@@ -159,6 +166,7 @@ export async function loadConfig(folder: string): Promise<ModelConfig> {
 
 /** The model of a folder or GGUF file, without its tokenizer. */
 export async function loadWeights(folder: string, options: LoadOptions = {}): Promise<LanguageModel> {
+  checkText('loadWeights', 'folder', folder, 'the path of a model folder or a .gguf file');
   if (isGguf(folder)) return withGguf(folder, (file) => loadGguf(file, options));
   return loadInto(folder, await loadConfig(folder), options);
 }

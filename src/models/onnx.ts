@@ -7,6 +7,7 @@ import { type OnnxGraph, type OnnxTensor, writeOnnx } from '../io/onnx.ts';
 import type { Parameters, SpecTree } from '../nn/parameters.ts';
 import { cast } from '../ops/elementwise.ts';
 import { transpose } from '../ops/view.ts';
+import { checkModel } from '../tensor/argument.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { keep, scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
@@ -57,6 +58,7 @@ export async function exportOnnx(
   tokenizer?: Tokenizer,
   options: OnnxExportOptions = {},
 ): Promise<void> {
+  checkModel('exportOnnx', model);
   const { file, dtype, type } = variants[options.type ?? 'f32'];
   const graph = modelGraph(model, type, options);
   const onnx = join(folder, 'onnx');

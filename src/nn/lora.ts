@@ -1,10 +1,12 @@
 // Adapters of low rank beside the frozen matrices of a model: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), LoRA+
 // (2402.12354), OLoRA (2406.01775).   N rows of a weight, K columns, R rank
+
 import { add, cast, copy_, scale, sub } from '../ops/elementwise.ts';
 import { adaptedNorms, linear } from '../ops/linear.ts';
 import { type LowRank, rowSquares, scaleColumns } from '../ops/lora.ts';
 import { dequantize, isAdapted, isQuantized, type QuantizedWeight } from '../ops/quant.ts';
 import { slice, transpose } from '../ops/view.ts';
+import { checkObject } from '../tensor/argument.ts';
 import { withDevice } from '../tensor/engine.ts';
 import { ConfigError } from '../tensor/errors.ts';
 import { checkSeed, randomBlock, uniform } from '../tensor/random.ts';
@@ -148,6 +150,7 @@ export function adapterOptions(given: AdapterOptions): Required<AdapterOptions> 
  * @throws ConfigError for options that are out of range, targets that the model lacks, and models that are trainable.
  */
 export async function createAdapter(model: Adaptable, options: AdapterOptions = {}): Promise<Adapter> {
+  checkObject('createAdapter', 'model', model, 'a model, as createModel and loadModel give it', 'parameters');
   const full = adapterOptions(options);
   if (model.parameters.groups.length > 0) refuse('model', 'trainable', 'a frozen model; load or create it with trainable: false');
   const places = targetsOf(model.parameters.linears, full.targets);

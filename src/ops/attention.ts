@@ -1,4 +1,5 @@
 // Fused attention. B batch, T queries, S keys, H query heads, G key/value heads, D head size.
+import { checkObject } from '../tensor/argument.ts';
 import { ConfigError, ShapeError } from '../tensor/errors.ts';
 import { op } from '../tensor/op.ts';
 import { isRecording } from '../tensor/tape.ts';
@@ -43,6 +44,7 @@ export interface AttentionOptions {
  * result is read, for a start after its token, below 0, or before the start of the token before it.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
+  for (const [name, t] of Object.entries({ q, k, v })) checkObject('attention', name, t, 'a tensor', 'shape');
   const { window = null, starts } = options;
   const [, t = 0, h = 0, d = 1] = q.shape;
   const [, s = 0, g = 0] = k.shape;

@@ -1,4 +1,5 @@
 // Matrix products with a weight [N K]: rows are output features, as in checkpoints.
+import { checkObject } from '../tensor/argument.ts';
 import { op } from '../tensor/op.ts';
 import { scope } from '../tensor/scope.ts';
 import { noGrad } from '../tensor/tape.ts';
@@ -35,6 +36,7 @@ export interface GatedLinearOptions {
  * @throws ShapeError when a shape does not fit.
  */
 export function linear(x: Tensor, w: Weight, bias?: Tensor): Tensor {
+  checkObject('linear', 'w', w, 'a tensor or a weight of few bits');
   if (isAdapted(w)) return linearAdapted(x, w, bias);
   if (isQuantized(w)) return linearQuantized(x, w, bias);
   return linearOp(x, w, bias)[0]!;

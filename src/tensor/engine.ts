@@ -287,8 +287,16 @@ export interface MemoryReport {
  * @param device default: the current one
  */
 export function memory(device: Device = current): MemoryReport {
+  const number = devices.indexOf(device);
+  if (number < 0) {
+    throw new ConfigError(`memory: device is ${String(device)}; give one of ${devices.join(', ')}`, {
+      ...{ code: 'ERR_CONFIG', op: 'memory', argument: 'device' },
+      expected: devices.join(', '),
+      actual: String(device),
+    });
+  }
   if (addon === undefined) return { live: 0, peak: 0, reserved: 0, limit: 0, tensors: 0 };
-  return addon.memory(devices.indexOf(device));
+  return addon.memory(number);
 }
 
 /** Makes `memory().peak` of the current device count from now on. */

@@ -1,4 +1,5 @@
 // Work that is recorded once and run again as a whole.
+import { checkFunction } from './argument.ts';
 import { deviceNumber, native, typed } from './engine.ts';
 import { DisposedError } from './errors.ts';
 import { scope } from './scope.ts';
@@ -21,6 +22,7 @@ export interface Graph<T> {
  * @throws ConfigError `ERR_GRAPH_READ` when `f` reads a value: nothing has run yet.
  */
 export function graph<T>(f: () => T): Graph<T> {
+  checkFunction('graph', 'f', f);
   const device = deviceNumber();
   const engine = native();
   const calls = <R>(call: () => R): R => {

@@ -1,3 +1,4 @@
+import { checkNumbers, checkObject } from './argument.ts';
 import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './dtype.ts';
 import { type Device, deviceNumber, devices, io, native, typed, withDevice } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
@@ -106,6 +107,7 @@ export class Tensor {
 
 /** The handle, or a typed error when the tensor was freed. */
 export function handleOf(t: Tensor, op: string): number {
+  if (typeof t?.handle !== 'number') checkObject(op, 'an argument', t, 'a tensor', 'handle');
   if (!t.held) {
     throw new DisposedError(
       `${op}: a tensor of shape [${t.shape.join(' ')}] was used after it was freed; return it from its scope to keep it`,
@@ -172,6 +174,7 @@ function dimsToIo(shape: readonly number[]): void {
 
 /** A tensor with undefined contents. */
 export function empty(shape: readonly number[], dtype: DType = 'f32'): Tensor {
+  checkNumbers('empty', 'shape', shape, 'a list of sizes, such as [2, 3]');
   try {
     const engine = native();
     dimsToIo(shape);
@@ -187,6 +190,7 @@ export function empty(shape: readonly number[], dtype: DType = 'f32'): Tensor {
  * @throws ShapeError when the number of elements does not fit the shape.
  */
 export function tensor(data: readonly number[] | DataArray, shape?: readonly number[], dtype: DType = dtypeOf(data)): Tensor {
+  checkNumbers('tensor', 'data', data, 'an array of numbers or a typed array');
   const t = empty(shape ?? [data.length], dtype);
   try {
     write(t, data);

@@ -3,6 +3,7 @@
 import { readdir, readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { basename, join } from 'node:path';
+import { checkText } from '../tensor/argument.ts';
 import { ConfigError, DataError, FileError, FormatError } from '../tensor/errors.ts';
 import { type AddedTokens, encodeEscaped, escapeSpecial } from './escape.ts';
 import { joinIds } from './ids.ts';
@@ -109,6 +110,7 @@ export async function loadChatTemplate(
   vocabulary: Vocabulary & Partial<Pick<Tokenizer, 'file'>>,
   name?: string,
 ): Promise<ChatTemplate | undefined> {
+  checkText('loadChatTemplate', 'folder', folder, 'the path of a model folder or a .gguf file');
   const inFile = folder.endsWith('.gguf');
   const named = inFile ? configured(vocabulary.file?.config.chat_template, folder) : await namedTemplates(folder);
   if (named.size === 0) return undefined;

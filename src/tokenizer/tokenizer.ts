@@ -2,6 +2,7 @@
 
 import { readFile, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
+import { checkText } from '../tensor/argument.ts';
 import { FileError, FormatError } from '../tensor/errors.ts';
 import { parseTokenizer, type TokenizerFile } from './file.ts';
 import { genericTokenizer } from './generic.ts';
@@ -67,6 +68,7 @@ export interface TokenDecoder {
  * @throws FormatError naming the entry that is wrong; FileError `ERR_READ`
  */
 export async function loadTokenizer(path: string): Promise<Tokenizer> {
+  checkText('loadTokenizer', 'path', path, 'the path of a tokenizer.json or its folder');
   const file = await withReadErrors(path, async () => ((await stat(path)).isDirectory() ? join(path, 'tokenizer.json') : path));
   const text = await withReadErrors(file, () => readFile(file, 'utf8'));
   const folder = dirname(file);

@@ -4,6 +4,7 @@ import { readFile, stat } from 'node:fs/promises';
 import { dirname, extname, isAbsolute, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import type { z } from 'zod';
+import { checkText } from '../tensor/argument.ts';
 import { ConfigError, LimbeckError } from '../tensor/errors.ts';
 import { describeFields, explain } from './issues.ts';
 import { type RunSchemas, runSchemas, zodLoaded } from './schema.ts';
@@ -88,6 +89,7 @@ export function runFields(kind: RunConfig['kind']): readonly { readonly field: s
  * A module exports the run, or a function that returns it, as `default` or as `run`. @throws ConfigError
  */
 export async function loadRun(path: string, overrides: Readonly<Record<string, unknown>> = {}): Promise<RunConfig> {
+  checkText('loadRun', 'path', path, 'the path of a run file');
   return parseRun(overridden(await readRunFile(path), overrides), { base: dirname(resolve(path)), source: path });
 }
 

@@ -97,6 +97,8 @@ export async function* finetune(
           tokenizer: tokenizer.fingerprint,
           batch: digest(run.batch),
           neftune: String(run.neftune),
+          template: digest(template.source),
+          mask: digest([run.mask, run.promptWeight]),
           adapter: digest([run.adapter ?? null, run.base ?? null]),
         },
         loss(batch, micro) {

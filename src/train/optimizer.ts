@@ -1,8 +1,10 @@
 // AdamW over all parameters of a model at once.
+
 import { block, type Parameters, type SpecTree } from '../nn/parameters.ts';
 import { fill_ } from '../ops/elementwise.ts';
 import { type AdamWState, adamw_, type Moment8, momentBlock } from '../ops/optimizer.ts';
 import { squaredNorm } from '../ops/reduce.ts';
+import { checkObject } from '../tensor/argument.ts';
 import { LimbeckError } from '../tensor/errors.ts';
 import { randomBlock } from '../tensor/random.ts';
 import { keep, scope } from '../tensor/scope.ts';
@@ -31,6 +33,13 @@ export type OptimizerOptions = Pick<RunConfig['optimizer'], 'beta1' | 'beta2' | 
   };
 
 export function createOptimizer(parameters: Parameters<SpecTree>, options: OptimizerOptions): Optimizer {
+  checkObject('createOptimizer', 'parameters', parameters, "a model's or an adapter's parameters", 'values', 'groups');
+  checkObject(
+    'createOptimizer',
+    'options',
+    options,
+    'settings such as { beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, clip: 1 }',
+  );
   const { values, copies, groups, list } = parameters;
   if (groups.length === 0)
     throw new LimbeckError('optimizer: the parameters are frozen; create or load the model as trainable', { code: 'ERR_FROZEN' });

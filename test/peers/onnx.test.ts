@@ -10,6 +10,7 @@ import type { DecoderConfig } from '../../src/models/decoder.ts';
 import type { Gpt2Config } from '../../src/models/gpt2.ts';
 import { createModel, type LanguageModel, type ModelConfig, modelConfig, saveModel } from '../../src/models/model.ts';
 import { exportOnnx } from '../../src/models/onnx.ts';
+import { createAdapter } from '../../src/nn/lora.ts';
 import { softcap } from '../../src/ops/elementwise.ts';
 import { linear } from '../../src/ops/linear.ts';
 import { reshape } from '../../src/ops/reshape.ts';
@@ -229,6 +230,33 @@ describe.each(cases.map(([config, change], i) => [`${config.architecture} ${i}`,
     });
   },
 );
+
+test.each([
+  ['gemma2', architectures[1]![0], { rank: 3 }],
+  ['gpt2, DoRA', gpt2, { rank: 2, kind: 'dora' }],
+] as const)('%s: weights are written with the change of the adapter in use', async (name, config, options) => {
+  const model = randomModel(config);
+  const before = await logitsOf(model, prompts[0]!);
+  const adapter = await createAdapter(model, options);
+  for (const { name, tensor: t } of adapter.parameters.list)
+    if (name.endsWith('lora_B.weight'))
+      adapter.parameters.write(
+        name,
+        0,
+        Float32Array.from({ length: t.size }, (_, i) => 0.1 * Math.sin(i * 1.3 + t.size)),
+      );
+  adapter.parameters.refresh();
+  const ours = await logitsOf(model, prompts[0]!);
+  await exportOnnx(join(folder, name), model);
+  expect(await logitsOf(model, prompts[0]!)).toEqual(ours);
+  const session = await open(join(folder, name, 'onnx', 'model.onnx'));
+  const batch = sequences(session, config, prompts.slice(0, 1));
+  const theirs = await batch.step(batch.prompts).finally(() => session.release());
+  expect(largest(theirs, ours)).toBeLessThan(1e-4);
+  expect(largest(ours, before)).toBeGreaterThan(0.1);
+  adapter.dispose();
+  model.dispose();
+});
 
 describe('the folder', () => {
   const [config] = architectures[1]!;

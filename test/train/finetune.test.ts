@@ -148,9 +148,20 @@ describe('finetuning', () => {
   });
 
   test('with other noise, batch or data a checkpoint is not gone on from', async () => {
-    for (const changes of [{ neftune: 1 }, { batch: { sequences: 2, length: 160 } }, { mask: 'all' }, { template: 'chatml' }]) {
-      await expect(collect(finetune(run('whole', { ...changes, steps: 20 })))).rejects.toMatchObject({ code: 'ERR_RESUME' });
+    for (const [argument, changes] of [
+      ['neftune', { neftune: 1 }],
+      ['batch', { batch: { sequences: 2, length: 160 } }],
+      ['mask', { mask: 'all' }],
+      ['mask', { promptWeight: 0.5 }],
+      ['template', { template: 'chatml' }],
+    ] as const) {
+      const again = collect(finetune(run('whole', { ...changes, steps: 20 })));
+      await expect(again, argument).rejects.toMatchObject({ code: 'ERR_RESUME', argument });
     }
+    const rows = [{ instruction: 'Another', output: 'row' }];
+    await writeFile(join(folder, 'other.json'), JSON.stringify([...rows, ...rows, ...rows]));
+    const other = run('whole', { data: { train: join(folder, 'other.json') }, steps: 20 });
+    await expect(collect(finetune(other))).rejects.toMatchObject({ code: 'ERR_RESUME' });
   });
 });
 
