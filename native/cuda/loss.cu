@@ -7,16 +7,16 @@
 // off and G is multiplied in place when the row's sum is known.
 //   Bytes to and from memory for each logit: 2 written here (4 more without a cap), 2 read by each of the two products.
 //
+// On Hopper a bounded pass is part of the product (product_sm90.cuh), and no float32 logits are written; G made anew is scaled like G kept.
+//
 // Recomputed: where so little memory is allowed that chunks would be small, and dw be read and written too often, all tokens go over
 // the vocabulary twice: first for the sums, then, with logits made again, for G and the two products, panel by panel. A quarter of
 // the work more, no memory that grows with n v, and each part of dw is written once.
 #include "cuda/loss.cuh"
+#include "cuda/product_sm90.cuh"
 
 namespace limbeck::cuda {
 namespace {
-
-// With |z| <= this, sums of e^z and their reciprocals stay far from float's limits: no maximum is needed.
-constexpr double kBounded = 40;
 
 struct SlotSum {
   float top, sum;  // of e^(z - top); bounded: of e^z
@@ -64,6 +64,71 @@ __global__ void __launch_bounds__(kSlotThreads)
   if (g) p.store(g + p.row * ldg + slot * kSlot, s);
 }
 
+// The same within the product (product_sm90.cuh), where no maximum is needed: float32 logits are never written. Leaves the sum of a row's
+// part of each tile behind.
+struct ExponentialsPass {
+  Cap cap;
+  const int* target;
+  float* target_z;
+  float* sums;  // [rows tiles], from this product's first tile on
+  int tiles;    // of a row
+  int first;    // the product's first word in the vocabulary
+
+  template <class Put>
+  __device__ __forceinline__ void half(const product_sm90::Work& work, float (&u)[product_sm90::kHalfSums], int row, int word, Put put) const {
+    using M = Math<bf16>;
+    const int own = row + product_sm90::row_of_thread(), column = product_sm90::column_of_thread();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int y = own + 8 * i < work.rows ? target[own + 8 * i] - first - word - column : -1;
+      if (y < 0 || y >= product_sm90::kTileWords || y % 8 > 1) continue;
+#pragma unroll
+      for (int j = 0; j < product_sm90::kTileWords / 8; ++j)
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          if (y == 8 * j + k) target_z[own + 8 * i] = cap.shape<M>(u[4 * j + 2 * i + k]) * cap.heat;
+    }
+    const int left = work.words - word - column;
+    float sum[2] = {0, 0};
+    const auto take = [&]<bool whole>(std::bool_constant<whole>) {
+      const float heat = cap.heat * M::of_e;
+#pragma unroll
+      for (int panel = 0; panel < product_sm90::kTileWords / product_sm90::kPanel; ++panel) {
+        uint32_t packed[product_sm90::kPanel / 8][2];
+#pragma unroll
+        for (int j = 0; j < product_sm90::kPanel / 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float g[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const int at = panel * product_sm90::kPanel + 8 * j + k;
+              const float s = cap.shape<M>(u[at / 8 * 4 + 2 * i + k]), e = whole || at < left ? M::power(s * heat) : 0.f;
+              sum[i] += e;
+              g[k] = e * cap.slope(s);
+            }
+            packed[j][i] = pack_bf16(g[0], g[1]);
+          }
+        if (work.stores) put(panel, packed);
+      }
+    };
+    if (word + product_sm90::kTileWords <= work.words) take(std::true_type{});
+    else take(std::false_type{});
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] = product_sm90::row_sum(sum[i]);
+      if (sums && threadIdx.x % 4 == 0 && own + 8 * i < work.rows) sums[(own + 8 * i) * static_cast<int64_t>(tiles) + word / product_sm90::kTileWords] = sum[i];
+    }
+  }
+};
+
+// What a row's words left behind: sums of slots, or where no maximum was taken, plain ones.
+struct RowSums {
+  const SlotSum* slots;
+  const float* plain;
+  int count;  // of a row
+};
+
 struct RowOutputs {
   float *loss, *lse, *correct;
   double* part;  // of the total, for each row of the whole list
@@ -72,16 +137,17 @@ struct RowOutputs {
 // A warp for each row: loss and factors. Bounded and stored, the target's place in G is written here.
 template <class T, bool bounded>
 __global__ void __launch_bounds__(kSlotThreads)
-    rows_kernel(Tokens tokens, Cap cap, double zloss, const int* target, const float* target_z, const SlotSum* sums, int slots, RowOutputs out,
-                float* scale, RowGradient* gradient, T* g, int64_t ldg) {
-  const int row = static_cast<int>(warp_index());
+    rows_kernel(Tokens tokens, Cap cap, double zloss, const int* target, const float* target_z, RowSums sums, RowOutputs out, float* scale,
+                RowGradient* gradient, T* g, int64_t ldg) {
+  const int row = static_cast<int>(warp_index()), slots = sums.count;
   if (row >= tokens.rows) return;
-  const SlotSum* sum = sums + static_cast<int64_t>(row) * slots;
+  const SlotSum* sum = sums.slots + static_cast<int64_t>(row) * slots;
+  const float* plain = sums.plain + static_cast<int64_t>(row) * slots;
   double top = 0, whole;
   Best best{0, INT_MAX};
   if (!bounded || out.correct) best = best_of(slots, [&](int k) { return Best{sum[k].top, sum[k].at}; });
   if constexpr (bounded) {
-    whole = sum_of(slots, [&](int k) { return static_cast<double>(sum[k].sum); });
+    whole = sum_of(slots, [&](int k) { return static_cast<double>(sums.plain ? plain[k] : sum[k].sum); });
   } else {
     top = base_of(best.top);
     whole = sum_of(slots, [&](int k) { return sum[k].sum * exp(static_cast<double>(sum[k].top) - top); });
@@ -106,9 +172,10 @@ __global__ void __launch_bounds__(kSlotThreads)
   if (scale) {
     if (fabs(up) < 1e-6) up = 1e-6;  // the row is divided by it
     scale[row] = static_cast<float>(weight * up / whole);
-    if (g && y >= 0) g[row * ldg + y] = from_float<T>(static_cast<float>(slope * (exp(z) - whole / up)));
-  }
-  if (gradient) {
+    const float at_target = static_cast<float>(slope * (exp(z) - whole / up));
+    if (g && y >= 0) g[row * ldg + y] = from_float<T>(at_target);
+    if (gradient) gradient[row] = {0, 0, at_target, y};
+  } else if (gradient) {
     const Split shift(lse);
     const float factor = static_cast<float>(weight * up * shift.factor());
     gradient[row] = {shift.high, factor, static_cast<float>(weight * slope * (up * exp(z - lse) - 1)), y};
@@ -154,6 +221,14 @@ __global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, Cap ca
   p.store(g + p.at, s);
 }
 
+// Recomputed and bounded: what the rows' targets are in a panel.
+template <class T>
+__global__ void __launch_bounds__(kThreads) targets_gradient_kernel(Logits l, const RowGradient* gradient, T* g) {
+  const int row = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (row >= l.rows) return;
+  if (const int64_t y = gradient[row].target - l.first; y >= 0 && y < l.cols) g[row * l.ld + y] = from_float<T>(gradient[row].at_target);
+}
+
 template <class T>
 struct CrossEntropy {
   // Chunks of 4096 tokens of a vocabulary of 256000, at width 2304.
@@ -166,23 +241,26 @@ struct CrossEntropy {
   View x, w, dx, dw;
   int64_t n, c, v;
   double cap, zloss;
-  bool gradient, bounded, recompute;
+  bool gradient, bounded, recompute, fused;
   int64_t rows, panel, ldg;  // tokens in a chunk; columns in a panel; row stride of g
-  int slots;                 // of a row
+  int slots;                 // of a row; tiles where they are fused
   size_t bytes;
 
   int *list, *count, *target;
   float *target_z, *scale, *u, *back;
   double* part;
   SlotSum* sums;
+  float* plain_sums;
   RowGradient* row_gradient;
-  T *g, *gathered, *converted;
+  T *g, *gathered, *regathered, *converted;
 
   explicit CrossEntropy(const Call& given)
       : call(given), x(call.in[0]), w(call.in[1]), dx(call.out[4]), dw(call.out[5]), n(x.rows()), c(x.cols()), v(w.dims[0]), cap(call.scalar[0]), zloss(call.scalar[1]) {
     gradient = dx || dw;
     bounded = cap > 0 && cap <= kBounded;
-    slots = static_cast<int>(ceil_div(v, kSlot));
+    // Passes go into the product where no maximum is needed and nobody asks for the largest.
+    fused = sizeof(T) == 2 && bounded && !call.out[3] && product_sm90::takes(device_of(call), x.data, w.dtype == x.dtype ? w.data : nullptr, c);
+    slots = static_cast<int>(fused ? product_sm90::tiles_of(v) : ceil_div(v, kSlot));
     choose(workspace_budget(device_of(call), kUsual));
     Layout lay{static_cast<char*>(call.workspace)};
     list = lay.take<int>(n);
@@ -192,32 +270,36 @@ struct CrossEntropy {
     target_z = lay.take<float>(rows);
     scale = lay.take<float>(rows);
     row_gradient = lay.take<RowGradient>(rows);
-    sums = lay.take<SlotSum>(rows * slots);
-    u = lay.take<float>(rows * panel);
+    sums = lay.take<SlotSum>(fused ? 0 : rows * slots);
+    plain_sums = lay.take<float>(fused ? rows * slots : 0);
+    u = lay.take<float>(fused ? 0 : rows * panel);
     g = lay.take<T>(gradient ? rows * ldg : 0);
     gathered = lay.take<T>(call.in[3] || dw ? rows * c : 0);
+    regathered = lay.take<T>(fused && recompute && call.in[3] ? rows * c : 0);
     back = lay.take<float>(dx ? rows * c : 0);
     converted = lay.take<T>(Words<T>::room(w));
     bytes = lay.bytes;
   }
 
   // Bytes that grow with the tokens of a chunk, beside logits and gradients.
-  int64_t row_bytes() const { return slots * int64_t{sizeof(SlotSum)} + c * (int64_t{sizeof(T)} + 4) + 64; }
+  int64_t row_bytes() const { return slots * static_cast<int64_t>(fused ? sizeof(float) : sizeof(SlotSum)) + c * (int64_t{sizeof(T)} * (fused && recompute ? 2 : 1) + 4) + 64; }
 
   void choose(int64_t budget) {
     const int64_t padded = whole_slots(v);
     recompute = false;
     ldg = padded;
-    const int64_t panel_bytes = budget / 8 < kPanel ? budget / 8 : kPanel;
+    const int64_t panel_bytes = fused ? 0 : budget / 8 < kPanel ? budget / 8 : kPanel;
     const int64_t fixed = n * 12 + panel_bytes + Words<T>::room(w) * int64_t{sizeof(T)};
     const int64_t stored = gradient ? padded * int64_t{sizeof(T)} : 0;
     rows = even_rows(n, whole_tiles((budget - fixed) / (row_bytes() + stored)));
     if (dw && rows < n && rows < kFewTokens && padded > kSlot) {
-      recompute = true;
-      // Panels of four slots where that many fit, of one where not.
-      for (const int64_t columns : {4 * kSlot, 3 * kSlot, 2 * kSlot, 1 * kSlot}) {
+      recompute = true;  // which counts in row_bytes()
+      // Panels of four slots where that many fit, of one where not; of more where no logits are kept.
+      const int64_t of_logit = int64_t{sizeof(T)} + (fused ? 0 : 4);
+      for (const int64_t columns : {9 * kSlot, 4 * kSlot, 3 * kSlot, 2 * kSlot, 1 * kSlot}) {
+        if (columns > 4 * kSlot && !fused) continue;
         panel = columns < padded ? columns : padded;
-        rows = even_rows(n, whole_tiles((budget - fixed + panel_bytes) / (row_bytes() + panel * (4 + int64_t{sizeof(T)}))));
+        rows = even_rows(n, whole_tiles((budget - fixed + panel_bytes) / (row_bytes() + panel * of_logit)));
         if (rows >= n) break;
       }
       ldg = panel;
@@ -256,34 +338,55 @@ struct CrossEntropy {
     }
     const bool stored = gradient && !recompute;
     const Logits whole{nullptr, ldg, tokens.rows, 0, v};
-    each_panel(tokens.rows, [&](const Logits& l) {
-      make_logits(call, hidden, words, l);
-      launch(call, warps(many * l.slots()), exponentials_kernel<T, is_bounded>, l, Cap(cap), target, target_z, static_cast<bool>(call.out[3]), sums, slots,
-             stored ? g : nullptr, ldg);
-    });
-    const bool scaled = stored && is_bounded;
+    if (fused) {
+      fuse(hidden, many, words, 0, v, stored ? g : nullptr);
+    } else {
+      each_panel(tokens.rows, [&](const Logits& l) {
+        make_logits(call, hidden, words, l);
+        launch(call, warps(many * l.slots()), exponentials_kernel<T, is_bounded>, l, Cap(cap), target, target_z, static_cast<bool>(call.out[3]), sums, slots,
+               stored ? g : nullptr, ldg);
+      });
+    }
+    const bool scaled = gradient && is_bounded && (stored || fused);
     const RowOutputs out{call.out[1].as<float>(), call.out[2].as<float>(), call.out[3].as<float>(), part};
-    launch(call, warps(many), rows_kernel<T, is_bounded>, tokens, Cap(cap), zloss, target, target_z, sums, slots, out, scaled ? scale : nullptr,
-           gradient && !scaled ? row_gradient : nullptr, stored ? g : nullptr, ldg);
+    launch(call, warps(many), rows_kernel<T, is_bounded>, tokens, Cap(cap), zloss, target, target_z, RowSums{sums, fused ? plain_sums : nullptr, slots},
+           out, scaled ? scale : nullptr, gradient && !(scaled && stored) ? row_gradient : nullptr, stored ? g : nullptr, ldg);
     if (!gradient) return;
 
     const bool add = call.accumulate[5] || tokens.first > 0;
+    const T* factors = hidden;  // of G, in dw
+    if (dw && scaled) {
+      T* const to = recompute && tokens.list ? regathered : gathered;
+      gather<T>(call, tokens, x, scale, to);
+      factors = to;
+    }
     if (recompute) {
       each_panel(tokens.rows, [&](const Logits& l) {
-        make_logits(call, hidden, words, l);
-        launch(call, warps(many * l.slots()), gradient_kernel<T>, l, Cap(cap), row_gradient, g);
+        if (fused) {
+          fuse(hidden, many, words, l.first, l.cols, g);
+          launch(call, Grid{dim3(static_cast<unsigned>(ceil_div(many, kThreads))), dim3(kThreads)}, targets_gradient_kernel<T>, l, row_gradient, g);
+        } else {
+          make_logits(call, hidden, words, l);
+          launch(call, warps(many * l.slots()), gradient_kernel<T>, l, Cap(cap), row_gradient, g);
+        }
         if (dx) back_to_x(call, g, ldg, many, words, l.first, l.cols, back, l.first > 0);
-        if (dw) back_to_w(call, g, ldg, many, hidden, c, l.first, l.cols, dw.as<float>(), add);
+        if (dw) back_to_w(call, g, ldg, many, factors, c, l.first, l.cols, dw.as<float>(), add);
       });
     } else {
       if (!is_bounded) launch(call, warps(many * slots), rescale_kernel<T>, whole, sums, row_gradient, g, ldg);
       if (dx) back_to_x(call, g, ldg, many, words, 0, v, back, false);
-      if (dw) {
-        if (scaled) gather<T>(call, tokens, x, scale, gathered);
-        back_to_w(call, g, ldg, many, scaled ? gathered : hidden, c, 0, v, dw.as<float>(), add);
-      }
+      if (dw) back_to_w(call, g, ldg, many, factors, c, 0, v, dw.as<float>(), add);
     }
     if (dx) scatter(call, tokens, back, scaled ? scale : nullptr, c, Sink<T>(call, 4));
+  }
+
+  // The pass within the product, over words [first, first + count); G begins at `to`. Sums are left behind when all words are passed.
+  void fuse(const T* hidden, int64_t many, const Words<T>& words, int64_t first, int64_t count, T* to) {
+    if constexpr (sizeof(T) == 2)
+      words.each(call, first, count, [&](int64_t at, int64_t some, const Matrix& m) {
+        const ExponentialsPass pass{Cap(cap), target, target_z, count == v ? plain_sums + product_sm90::tiles_of(at) : nullptr, slots, static_cast<int>(at)};
+        product_sm90::run(call, hidden, many, static_cast<const T*>(m.data), some, c, to ? to + (at - first) : nullptr, ldg, pass);
+      });
   }
 
   template <class Body>

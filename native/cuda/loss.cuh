@@ -18,6 +18,8 @@ namespace limbeck::cuda {
 
 constexpr int kSlot = 1024;
 constexpr int kHeld = kSlot / kWarp;
+// With |z| <= this, sums of e^z and their reciprocals stay far from float's limits: no maximum is needed.
+constexpr double kBounded = 40;
 constexpr int kSlotWarps = 8, kSlotThreads = kSlotWarps * kWarp;
 
 // Lays out fields one after another; without a base it only counts.
@@ -349,7 +351,7 @@ struct Split {
 // time that a product is still large.
 template <class T>
 struct Words {
-  static constexpr int64_t kConverted = 8192;
+  static constexpr int64_t kConverted = 8064;  // whole tiles of product_sm90.cuh
   const View* w;
   T* converted;  // [kConverted c], where dtypes differ
 
