@@ -6,12 +6,16 @@
 // rounded to bf16 would drown it. A block of tokens is passed over twice, for sums and for the gradient G in bf16, which a larger chunk
 // of tokens collects, so that dw is read and added to a few times only. The values of forward and reverse KL come out of the sums:
 // sum e^t (t - z) and sum e^z (z - t) need no normaliser. Other divergences take one more pass for values and slopes.
-//   Bytes to and from memory for each logit, beside the products: sums 8, values 8 (where needed), gradient 10; a sparse teacher: 4 and 6.
+// On Hopper, where both caps bound the logits, sums come out of the products (product_sm90.cuh), which leave tanh in 16 bits behind: steps
+// of cap / 32767, finer than what rounding hidden states to bf16 moves a logit by, and the same numbers in the sums. G takes the place
+// of the student's. Bytes for each logit: 4 written, 6 for the gradient, and 4 for values, but of the forward KL.
+//   Elsewhere, beside the products: sums 8, values 8 (where needed), gradient 10; a sparse teacher: 4 and 6.
 //
 // Every divergence D(p, q) has the gradient dD/dz_j = (s_j - q_j sum_i s_i) / T with the slope s_j = q_j dD/dq_j, so each one below
 // is two expressions: what a token adds to the value, and s_j. They are written in d and e^-|d|, which stay finite where p or q vanish.
 #include "core/fail.h"
 #include "cuda/loss.cuh"
+#include "cuda/product_sm90.cuh"
 
 namespace limbeck::cuda {
 namespace {
@@ -215,6 +219,69 @@ __global__ void __launch_bounds__(kSlotThreads) sums_kernel(Logits l, const floa
   if (p.lane == 0) sums[static_cast<int64_t>(p.row) * l.slots() + p.slot] = s;
 }
 
+// Sums and rounded logits of a slot, or of a tile where the product makes them.
+using Rounded = int16_t;
+constexpr float kSteps = 32767;
+
+template <class M>
+__device__ __forceinline__ void load_shaped(const Place& p, const float* u, const Cap& cap, float (&held)[kHeld]) {
+  p.load(u, held);
+  cap.shape<M>(held);
+}
+template <class M>
+__device__ __forceinline__ void load_shaped(const Place& p, const Rounded* u, const Cap&, float (&held)[kHeld]) {
+  const uint2* from = reinterpret_cast<const uint2*>(u + p.at) + p.lane;
+#pragma unroll
+  for (int q = 0; q < kHeld / 4; ++q) {
+    const uint2 a = from[q * kWarp];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) held[4 * q + i] = static_cast<float>(static_cast<Rounded>((i < 2 ? a.x : a.y) >> i % 2 * 16)) * (1 / kSteps);
+  }
+}
+
+// Within a product: tanh in 16 bits, and e^(z / T) added up over each tile.
+struct RoundingPass {
+  Cap cap;
+  float inverse_t;
+  float* sums;         // of the first row's first tile of this product
+  int64_t of_row, of_tile;  // distances of sums
+
+  template <class Put>
+  __device__ __forceinline__ void half(const product_sm90::Work& work, float (&u)[product_sm90::kHalfSums], int row, int word, Put put) const {
+    using M = Math<bf16>;
+    const int own = row + product_sm90::row_of_thread(), left = work.words - word - product_sm90::column_of_thread();
+    const float warm = cap.heat * inverse_t * M::of_e / kSteps;
+    float sum[2] = {0, 0};
+    const auto take = [&]<bool whole>(std::bool_constant<whole>) {
+#pragma unroll
+      for (int panel = 0; panel < product_sm90::kTileWords / product_sm90::kPanel; ++panel) {
+        uint32_t packed[product_sm90::kPanel / 8][2];
+#pragma unroll
+        for (int j = 0; j < product_sm90::kPanel / 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            packed[j][i] = 0;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const int at = panel * product_sm90::kPanel + 8 * j + k;
+              const float rounded = rintf(cap.shape<M>(u[at / 8 * 4 + 2 * i + k]) * kSteps);
+              if (whole || at < left) sum[i] += M::power(rounded * warm);
+              packed[j][i] |= (static_cast<uint32_t>(static_cast<int>(rounded)) & 0xffffu) << 16 * k;
+            }
+          }
+        put(panel, packed);
+      }
+    };
+    if (word + product_sm90::kTileWords <= work.words) take(std::true_type{});
+    else take(std::false_type{});
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] = product_sm90::row_sum(sum[i]);
+      if (threadIdx.x % 4 == 0 && own + 8 * i < work.rows) sums[(own + 8 * i) * of_row + word / product_sm90::kTileWords * of_tile] = sum[i];
+    }
+  }
+};
+
 struct RowOutputs {
   float *kd, *ce, *agree;
   double* part;  // of the total, for each row of the whole list
@@ -349,16 +416,14 @@ struct Pair {
 };
 
 // Pass for the divergences whose value is not among the sums.
-template <class M, class D>
-__global__ void __launch_bounds__(kSlotThreads) values_kernel(Logits l, const float* t, Options o, const Row* rows, SlotTerms* terms) {
+template <class M, class D, class U>
+__global__ void __launch_bounds__(kSlotThreads) values_kernel(Logits l, const U* u, const U* t, Options o, const Row* rows, SlotTerms* terms) {
   const Place p(l);
   if (!p.any) return;
   const Row& r = rows[p.row];
   float z[kHeld], w[kHeld];
-  p.load(l.u, z);
-  p.load(t, w);
-  o.cap.shape<M>(z);
-  o.teacher_cap.shape<M>(w);
+  load_shaped<M>(p, u, o.cap, z);
+  load_shaped<M>(p, t, o.teacher_cap, w);
   p.end(z);
   p.end(w);
   SlotTerms s{};
@@ -463,18 +528,18 @@ __global__ void __launch_bounds__(kSelectThreads) adaptive_kernel(Logits l, cons
   put_value(tokens, o, out, row, made);
 }
 
-// Last pass: the gradient in u.
-template <class T, class D, bool dense>
-__global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, const float* t, Options o, const Row* rows, T* g, int64_t ldg) {
+// Last pass: the gradient in u, which may take its place. With terms, the values too.
+template <class T, class D, bool dense, bool valued = false, class U>
+__global__ void __launch_bounds__(kSlotThreads)
+    gradient_kernel(Logits l, const U* u, const U* t, Options o, const Row* rows, SlotTerms* terms, T* g, int64_t ldg) {
   const Place p(l);
   if (!p.any) return;
   const Row& r = rows[p.row];
-  float z[kHeld], w[dense ? kHeld : 1];
-  p.load(l.u, z);
-  if constexpr (dense) p.load(t, w);
   using M = Math<T>;
-  o.cap.shape<M>(z);
-  if constexpr (dense) o.teacher_cap.shape<M>(w);
+  float z[kHeld], w[dense ? kHeld : 1];
+  load_shaped<M>(p, u, o.cap, z);
+  if constexpr (dense) load_shaped<M>(p, t, o.teacher_cap, w);
+  SlotTerms s{};
   const int y = r.target - p.first;
   const bool here = r.target >= 0 && y >= 0 && y < p.left;
   const float of_q = r.hot - r.slopes;
@@ -482,12 +547,18 @@ __global__ void __launch_bounds__(kSlotThreads) gradient_kernel(Logits l, const 
   for (int i = 0; i < kHeld; ++i) {
     const Pair x{z[i] * o.cap.heat, dense ? w[dense ? i : 0] * o.teacher_cap.heat : 0.f};
     const Token token = x.token<M>(r, o.inverse_t);
-    float value = D::template of<M>(token, r.a, r.b).slope * r.soft + token.q * of_q;
+    const Terms made = D::template of<M>(token, r.a, r.b);
+    if (valued && p.has(i)) s.value += made.value, s.slope += made.slope;
+    float value = made.slope * r.soft + token.q * of_q;
     if (o.cold) value += M::exp(x.z - r.cold_high) * r.chilled;
     if (here && p.column(i) == y) value -= r.hard;
     z[i] = value * o.cap.slope(z[i]);
   }
   p.store(g + p.row * ldg + static_cast<int64_t>(p.slot) * kSlot, z);
+  if constexpr (valued) {
+    s = {warp_reduce(s.value, Plus{}), warp_reduce(s.slope, Plus{})};
+    if (p.lane == 0) terms[static_cast<int64_t>(p.row) * l.slots() + p.slot] = s;
+  }
 }
 
 // The places of a sparse teacher's tokens in G, a warp for each row. A token that is named twice gets what both add, once.
@@ -583,9 +654,9 @@ struct Distill {
   int64_t n, c, v, e;
   double param, param2, temperature, cap, teacher_cap, ce_weight, kd_weight;
   int divergence, tail;
-  bool gradient, hard, sparse, more_values;
+  bool gradient, hard, sparse, more_values, fused;
   int64_t block, rows, ld;  // tokens whose logits there are at a time; whose gradients; row stride of both
-  int slots;
+  int slots, tiles;  // of a row, in passes and in products
   size_t bytes;
 
   int *list, *count, *target;
@@ -594,6 +665,7 @@ struct Distill {
   SlotSums* sums;
   SlotTerms* terms;
   Row* row;
+  Rounded* rounded;  // the student's, then the teacher's
   T *g, *gathered, *teacher_gathered, *converted;
 
   explicit Distill(const Call& given)
@@ -607,6 +679,11 @@ struct Distill {
     more_values = !sparse && divergence != forward_kl && divergence != reverse_kl && divergence != adaptive;
     ld = whole_slots(v);
     slots = static_cast<int>(ceil_div(v, kSlot));
+    tiles = static_cast<int>(product_sm90::tiles_of(v));
+    const auto bounded = [&](double limit) { return limit > 0 && limit <= kBounded && limit / temperature <= kBounded; };
+    fused = sizeof(T) == 2 && tx && divergence != adaptive && !hard && !call.out[3] && bounded(cap) && bounded(teacher_cap) &&
+            product_sm90::takes(device_of(call), x.data, w.dtype == x.dtype ? w.data : nullptr, c) &&
+            product_sm90::takes(device_of(call), tx.data, tw.dtype == tx.dtype ? tw.data : nullptr, e);
     choose(workspace_budget(device_of(call), kUsual));
     const bool gathers = static_cast<bool>(call.in[3]);
     const int64_t room = Words<T>::room(w), teacher_room = Words<T>::room(tw);
@@ -616,11 +693,12 @@ struct Distill {
     part = lay.take<double>(n);
     target = lay.take<int>(block);
     row = lay.take<Row>(block);
-    sums = lay.take<SlotSums>(block * slots);
-    terms = lay.take<SlotTerms>(more_values ? block * slots : 0);
-    u = lay.take<float>(block * ld);
-    t = lay.take<float>(sparse ? 0 : block * ld);
-    g = lay.take<T>(gradient ? rows * ld : 0);
+    sums = lay.take<SlotSums>(block * (fused ? tiles : slots));
+    terms = lay.take<SlotTerms>(more_values || fused ? block * slots : 0);
+    u = lay.take<float>(fused ? 0 : block * ld);
+    t = lay.take<float>(sparse || fused ? 0 : block * ld);
+    rounded = lay.take<Rounded>(fused ? 2 * block * ld : 0);
+    g = lay.take<T>(gradient && !fused ? rows * ld : 0);
     gathered = lay.take<T>(gathers ? rows * c : 0);
     teacher_gathered = lay.take<T>(gathers ? block * e : 0);
     back = lay.take<float>(dx ? rows * c : 0);
@@ -633,6 +711,12 @@ struct Distill {
     const int64_t of_block = ld * 4 * (sparse ? 1 : 2) + slots * int64_t{sizeof(SlotSums) + sizeof(SlotTerms)} + e * int64_t{sizeof(T)} + int64_t{sizeof(Row)};
     const int64_t of_row = (gradient ? ld * int64_t{sizeof(T)} : 0) + c * (int64_t{sizeof(T)} + 4);
     budget -= n * 12 + (Words<T>::room(w) > Words<T>::room(tw) ? Words<T>::room(w) : Words<T>::room(tw)) * int64_t{sizeof(T)};
+    if (fused) {
+      const int64_t of_token = ld * 4 + tiles * int64_t{sizeof(SlotSums)} + slots * int64_t{sizeof(SlotTerms)} + int64_t{sizeof(Row)} +
+                               e * int64_t{sizeof(T)} + c * (int64_t{sizeof(T)} + 4);
+      block = rows = even_rows(some, whole_tiles(budget / of_token));
+      return;
+    }
     // A chunk's gradients are kept for dw alone; else a block's are enough.
     block = whole_tiles(dw ? budget * 11 / 20 / of_block : budget / (of_block + of_row));
     block = block < kBlock ? block : kBlock;
@@ -666,6 +750,7 @@ struct Distill {
       gather<T>(call, tokens, x, nullptr, gathered);
       hidden = gathered;
     }
+    if (fused) return fused_chunk(tokens, words, hidden);
     for (int64_t at = 0; at < tokens.rows; at += block) {
       const int64_t many = tokens.rows - at < block ? tokens.rows - at : block;
       const Logits l{u, ld, static_cast<int>(many), 0, v};
@@ -674,11 +759,57 @@ struct Distill {
       make_logits(call, hidden + at * c, words, l);
       passes(some, l, g + at * ld);
     }
+    backward(tokens, words, hidden, g);
+  }
+
+  // A chunk whose sums are made in the products.
+  void fused_chunk(const Tokens& tokens, const Words<T>& words, const T* hidden) {
+    if constexpr (sizeof(T) == 2) {
+      const int64_t many = tokens.rows, of_slot = sizeof(SlotSums) / sizeof(float);
+      const Options o = options();
+      Rounded* const told = rounded + block * ld;
+      check(cudaMemsetAsync(sums, 0, static_cast<size_t>(many * tiles) * sizeof(SlotSums), device_of(call).stream), call.op);
+      const auto product = [&](const T* from, const Words<T>& matrix, int64_t width, Rounded* to, const Cap& cap_of, float* sum) {
+        matrix.each(call, 0, v, [&](int64_t first, int64_t count, const Matrix& m) {
+          const RoundingPass pass{cap_of, o.inverse_t, sum + product_sm90::tiles_of(first) * of_slot, tiles * of_slot, of_slot};
+          product_sm90::run(call, from, many, static_cast<const T*>(m.data), count, width, reinterpret_cast<T*>(to) + first, ld, pass);
+        });
+      };
+      product(teacher_hidden(tokens), Words<T>{&tw, converted}, e, told, o.teacher_cap, &sums->teacher_sum);
+      product(hidden, words, c, rounded, o.cap, &sums->sum);
+
+      const RowOutputs out{call.out[1].as<float>(), nullptr, nullptr, part};
+      launch(call, warps(many), rows_kernel<Math<T>>, tokens, o, Kept{nullptr, nullptr}, nullptr, ld, tiles, target, sums, row, out);
+      const Logits l{nullptr, ld, static_cast<int>(many), 0, v};
+      T* const to = reinterpret_cast<T*>(rounded);
+      with_divergence(divergence, [&]<class D>(D) {
+        const Grid grid = warps(many * slots);
+        if constexpr (std::is_same_v<D, ForwardKl>) {  // its gradient needs no value
+          if (gradient) launch(call, grid, gradient_kernel<T, D, true, true, Rounded>, l, rounded, told, o, row, terms, to, ld);
+          else launch(call, grid, values_kernel<Math<T>, D, Rounded>, l, rounded, told, o, row, terms);
+          launch(call, warps(many), row_values_kernel, tokens, o, slots, terms, row, out);
+        } else if constexpr (!std::is_same_v<D, Adaptive>) {
+          launch(call, grid, values_kernel<Math<T>, D, Rounded>, l, rounded, told, o, row, terms);
+          launch(call, warps(many), row_values_kernel, tokens, o, slots, terms, row, out);
+          if (gradient) launch(call, grid, gradient_kernel<T, D, true, false, Rounded>, l, rounded, told, o, row, nullptr, to, ld);
+        }
+      });
+      if (gradient) backward(tokens, words, hidden, to);
+    }
+  }
+
+  void backward(const Tokens& tokens, const Words<T>& words, const T* hidden, const T* gradients) {
     if (dx) {
-      back_to_x(call, g, ld, tokens.rows, words, 0, v, back, false);
+      back_to_x(call, gradients, ld, tokens.rows, words, 0, v, back, false);
       scatter(call, tokens, back, nullptr, c, Sink<T>(call, 4));
     }
-    if (dw) back_to_w(call, g, ld, tokens.rows, hidden, c, 0, v, dw.as<float>(), call.accumulate[5] || tokens.first > 0);
+    if (dw) back_to_w(call, gradients, ld, tokens.rows, hidden, c, 0, v, dw.as<float>(), call.accumulate[5] || tokens.first > 0);
+  }
+
+  const T* teacher_hidden(const Tokens& tokens) {
+    if (!tokens.list) return tx.as<const T>() + tokens.first * e;
+    gather<T>(call, tokens, tx, nullptr, teacher_gathered);
+    return teacher_gathered;
   }
 
   void teacher(const Tokens& tokens) {
@@ -687,12 +818,7 @@ struct Distill {
       launch(call, Grid{blocks, dim3(kThreads)}, gather_logits_kernel<T>, tokens, tlogits.as<const T>(), v, t, ld);
       return;
     }
-    const T* hidden = tx.as<const T>() + tokens.first * e;
-    if (tokens.list) {
-      gather<T>(call, tokens, tx, nullptr, teacher_gathered);
-      hidden = teacher_gathered;
-    }
-    make_logits(call, hidden, Words<T>{&tw, converted}, Logits{t, ld, tokens.rows, 0, v});
+    make_logits(call, teacher_hidden(tokens), Words<T>{&tw, converted}, Logits{t, ld, tokens.rows, 0, v});
   }
 
   void passes(const Tokens& tokens, const Logits& l, T* to) {
@@ -716,7 +842,7 @@ struct Distill {
     launch(call, warps(many), rows_kernel<M>, tokens, o, kept, u, ld, slots, target, sums, row, out);
     if (more_values) {
       with_divergence(divergence, [&]<class D>(D) {
-        if constexpr (!D::value_in_sums) launch(call, warps(many * slots), values_kernel<M, D>, l, t, o, row, terms);
+        if constexpr (!D::value_in_sums) launch(call, warps(many * slots), values_kernel<M, D, float>, l, u, t, o, row, terms);
       });
       launch(call, warps(many), row_values_kernel, tokens, o, slots, terms, row, out);
     } else if (!sparse && divergence == adaptive) {
@@ -725,10 +851,10 @@ struct Distill {
     }
     if (!gradient) return;
     if (sparse) {
-      launch(call, warps(many * slots), gradient_kernel<T, Sparse, false>, l, nullptr, o, row, to, ld);
+      launch(call, warps(many * slots), gradient_kernel<T, Sparse, false, false, float>, l, u, nullptr, o, row, nullptr, to, ld);
       launch(call, warps(many), kept_kernel<T>, l, o, tokens, kept, row, to, ld);
     } else {
-      with_divergence(divergence, [&]<class D>(D) { launch(call, warps(many * slots), gradient_kernel<T, D, true>, l, t, o, row, to, ld); });
+      with_divergence(divergence, [&]<class D>(D) { launch(call, warps(many * slots), gradient_kernel<T, D, true, false, float>, l, u, t, o, row, nullptr, to, ld); });
     }
   }
 };

@@ -427,15 +427,18 @@ describe.skipIf(testDevice === 'cpu')('computed in bf16, and in little memory', 
     for (const used of [total, rows, differentiated, ...Object.values(t)]) used.dispose();
     return got;
   }
-  const distilled = (teacher: 'dense' | 'sparse', options: Partial<DistillOptions>): Parameters<typeof measure>[1] => {
+  const distilled = (
+    teacher: 'dense' | 'sparse',
+    options: Partial<DistillOptions>,
+    text = true,
+  ): Parameters<typeof measure>[1] => {
     return (t) => {
       const from = teacher === 'dense' ? { hidden: t.hidden, head: t.head, cap: 30 } : { ids: t.ids, logProbs: t.logProbs };
       const out = linearDistill(t.x, t.w, {
         teacher: from,
         cap: 30,
-        targets: t.targets,
         weights: t.weights,
-        hardWeight: 0.3,
+        ...(text ? { targets: t.targets, hardWeight: 0.3 } : {}),
         ...options,
       });
       return { total: out.total, rows: out.kl };
@@ -450,6 +453,13 @@ describe.skipIf(testDevice === 'cpu')('computed in bf16, and in little memory', 
   for (const kind of divergenceKinds) heads[kind] = distilled('dense', { divergence: { kind } });
   heads['forward_kl at T = 2'] = distilled('dense', { temperature: 2 });
   heads.sparse = distilled('sparse', {});
+  // Without a text, products on Hopper leave logits of 16 bits: steps of 9e-4 with a cap of 30.
+  const stepped = (['forward_kl', 'reverse_kl', 'jsd', 'skew_forward_kl'] as const).map((kind) => {
+    heads[`${kind} without a text`] = distilled('dense', { divergence: { kind } }, false);
+    return `${kind} without a text`;
+  });
+  heads['forward_kl at T = 2 without a text'] = distilled('dense', { temperature: 2 }, false);
+  stepped.push('forward_kl at T = 2 without a text');
 
   test.each(Object.keys(heads))('%s', async (name) => {
     const restart = (workspaceLimit: number): void => {
@@ -459,8 +469,9 @@ describe.skipIf(testDevice === 'cpu')('computed in bf16, and in little memory', 
     try {
       const exact = await measure('f32', heads[name]!);
       const agree = (got: typeof exact, dtype: 'f32' | 'bf16', what: string): void => {
+        const error = dtype === 'bf16' && stepped.includes(name) ? 1.5e-4 : 4e-6;
         got.values.forEach((value, i) => {
-          close([value], [exact.values[i]!], 4e-6 * (1 + Math.abs(exact.values[i]!)) * (i < 2 ? n : 1), `${what}: value ${i}`);
+          close([value], [exact.values[i]!], error * (1 + Math.abs(exact.values[i]!)) * (i < 2 ? n : 1), `${what}: value ${i}`);
         });
         got.gradients.forEach((gradient, i) => {
           const size = Math.max(...exact.gradients[i]!.map(Math.abs));
