@@ -128,6 +128,8 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(int64_t rows
   const Lanes<N> lanes;
   const int64_t begin = blockIdx.x * each, end = begin + each < rows ? begin + each : rows;
   const float per = 1.f / static_cast<float>(c);
+  constexpr bool kEarly = K < 4;  // what is added to comes with the rest, where there are registers for it
+  const bool add = p.dx && p.dx.accumulate;
 
   // Wide rows leave no registers for the factors: they are read for each row, from the nearest cache.
   constexpr bool kHeld = K * N * (Layer ? 2 : 1) < 32;
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(int64_t rows
   const auto factor = [&](int k) { return kHeld ? g[k] : p.w.get(at[k], lanes) + p.offset; };
 
   for (int64_t row = begin + threadIdx.y * R; row < end; row += blockDim.y * R) {
-    Packed<T, N> dy[R][K], x[R][K];
+    Packed<T, N> dy[R][K], x[R][K], old[R][K];  // the last of dx, where it is added to
     float m[R], r[R], dot[M] = {};
 #pragma unroll
     for (int j = 0; j < R; ++j) {
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(int64_t rows
         if (at[k] >= c) continue;
         dy[j][k] = Packed<T, N>::load(p.dy + (row + j) * c + at[k]);
         x[j][k] = Packed<T, N>::load(p.x + (row + j) * c + at[k]);
+        if (kEarly && add) old[j][k] = Packed<T, N>::load(p.dx.data + (row + j) * c + at[k]);
       }
     }
     if (p.dx) {
@@ -178,7 +181,11 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(int64_t rows
       for (int k = 0; k < K; ++k) {
         if (at[k] >= c) continue;
         const auto d = dy[j][k].floats(), xhat = (x[j][k].floats() - m[j]) * r[j];
-        p.dx.put((row + j) * c + at[k], lanes, (d * factor(k) - shift - xhat * slope) * r[j]);
+        if (p.dx) {
+          const auto made = (d * factor(k) - shift - xhat * slope) * r[j];
+          T* const to = p.dx.data + (row + j) * c + at[k];
+          lanes.put(to, !add ? made : kEarly ? old[j][k].floats() + made : lanes.get(to) + made);
+        }
         sum_dw[k] = sum_dw[k] + d * xhat;
         if constexpr (Layer) sum_db[k] = sum_db[k] + d;
       }
@@ -292,11 +299,11 @@ static void backward(const Call& call) {
     constexpr int most = Layer ? 2 : 4;  // vectors that a thread holds, with two sums for each element or one
     const int64_t one = vectors <= most * kWarp ? kWarp : kBackwardThreads;  // threads that a row has at most
     if (whole && vectors <= one)
-      run(backward_kernel<T, N, 1, 4, Layer>, 1, 4);
+      run(backward_kernel<T, N, 1, 2, Layer>, 1, 2);
     else if (whole && vectors <= 2 * one)
-      run(backward_kernel<T, N, 2, 2, Layer>, 2, 2);
+      run(backward_kernel<T, N, 2, 1, Layer>, 2, 1);
     else if (whole && vectors <= most * one)
-      run(backward_kernel<T, N, most, Layer ? 2 : 1, Layer>, most, Layer ? 2 : 1);
+      run(backward_kernel<T, N, most, 1, Layer>, most, 1);
     else if (!whole && vectors <= 4 * one)
       run(backward_kernel<T, 1, 4, 2, Layer>, 4, 2);
     else {

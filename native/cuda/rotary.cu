@@ -58,23 +58,28 @@ static void rope_angles(const Call& call) {
                   Table<float>{call.in[0].as<int32_t>(), call.in[1].as<float>(), half, call.scalar[0], call.out[0].as<float>()});
 }
 
-// Element `at` of all first halves, with its partner. y may be x: a pair is read before it is written.
-template <class T>
+// Element `at` of a position's first halves, with its partner, in `together` heads that turn by the same angles. y may be x: a pair is
+// read before it is written.
+template <class T, int together>
 struct Rotate {
   const T* x;
   const float* table;
-  int64_t heads, half;
+  int64_t groups, half;  // of heads, of a position
   float direction;
   Sink<T> y;
   template <class L>
   __device__ __forceinline__ void operator()(int64_t at, L lanes) const {
-    const auto [head, i] = divide(at, half);
-    const int64_t row = divide(head, heads).quotient, first = head * 2 * half + i;
+    const auto [group, i] = divide(at, half);
+    const int64_t row = divide(group, groups).quotient, first = group * together * 2 * half + i;
     const float* angles = table + row * 2 * half + i;
-    const auto a = lanes.get(x + first), b = lanes.get(x + first + half);
     const auto c = lanes.get(angles), s = lanes.get(angles + half) * direction;
-    y.put(first, lanes, a * c - b * s);
-    y.put(first + half, lanes, b * c + a * s);
+#pragma unroll
+    for (int head = 0; head < together; ++head) {
+      const int64_t place = first + head * 2 * half;
+      const auto a = lanes.get(x + place), b = lanes.get(x + place + half);
+      y.put(place, lanes, a * c - b * s);
+      y.put(place + half, lanes, b * c + a * s);
+    }
   }
 };
 
@@ -84,9 +89,13 @@ static void rotate(const Call& call, double direction) {
   const View& x = call.in[0];
   const int64_t heads = x.dims[2], d = x.dims[3], half = d / 2;
   check_even_head(call, d, "x");
-  const Rotate<T> body{x.as<T>(), call.in[1].as<float>(), heads, half, static_cast<float>(direction), Sink<T>(call, 0)};
-  if (!body.y.data) return;
-  for_elements<N>(call, x.size() / 2, half % N == 0 && aligned(body.x, body.table, body.y.data), body);
+  const auto run = [&]<int together>(std::integral_constant<int, together>) {
+    const Rotate<T, together> body{x.as<T>(), call.in[1].as<float>(), heads / together, half, static_cast<float>(direction), Sink<T>(call, 0)};
+    if (!body.y.data) return;
+    for_elements<N>(call, x.size() / 2 / together, half % N == 0 && aligned(body.x, body.table, body.y.data), body);
+  };
+  if (heads % 4 == 0) run(std::integral_constant<int, 4>{});
+  else run(std::integral_constant<int, 1>{});
 }
 
 // rope(x[b t h d], table[b t d]:f32, direction) -> y[b t h d]
