@@ -49,7 +49,8 @@ export async function* parquetRows(path: string): AsyncGenerator<Record<string, 
     }
   };
   const file = await guarded(() => asyncBufferFromFile(path));
-  const metadata = await guarded(() => parquetMetadataAsync(file));
+  // Columns of maps are nothing to us, and a damaged schema sends the search for them in circles.
+  const metadata = await guarded(() => parquetMetadataAsync(file, { geoparquet: false }));
   const total = await guarded(async () => checkRows(metadata));
   const tree = await guarded(async () => parquetSchema(metadata));
   const depthOf = ({ path_in_schema: column }: ColumnMetaData): Depth => {

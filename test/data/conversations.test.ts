@@ -155,6 +155,17 @@ describe('files', () => {
     await expect(read(join(folder, 'absent.json'))).rejects.toMatchObject({ name: 'FileError', code: 'ERR_READ' });
   });
 
+  test('a Parquet file whose schema says that a list has less than no children is refused, and read in no circles', async () => {
+    const bytes = await readFile(join(folder, 'nested.parquet'));
+    // The name of the group below a list, then the field of its children, 1 as Thrift writes it; -1 in its place.
+    const at = bytes.indexOf(Buffer.from('list\x15\x02', 'latin1'));
+    expect(at).toBeGreaterThan(0);
+    bytes[at + 5] = 1;
+    const path = join(folder, 'circle.parquet');
+    await writeFile(path, bytes);
+    await expect(read(path)).rejects.toMatchObject({ name: 'FormatError', code: 'ERR_PARQUET' });
+  });
+
   test('a Parquet file with flipped bytes gives rows or a FormatError', async () => {
     const path = join(folder, 'flipped.parquet');
     const good = await readFile(join(folder, 'rows.parquet'));
