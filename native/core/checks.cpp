@@ -156,6 +156,8 @@ Error error_of(Fault fault, const char* name, int64_t at, double given, int64_t 
           .wanted("0 to " + last).got(value);
     case Fault::cache_position:
       return data("ERR_CACHE_POSITION", "positions", "positions is " + value + " at " + position).wanted("0 or more").got(value);
+    case Fault::cache_row_twice:
+      return data("ERR_CACHE_ROW", "rows", "rows names sequence " + value + " twice, again at " + position + "; give each sequence one token a step");
     case Fault::none: break;
   }
   return Error(ErrorKind::internal, "ERR_INTERNAL", op + ": a kernel reported a fault without a kind");

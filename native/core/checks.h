@@ -28,7 +28,7 @@ void check_top_k(const Call& call);
 
 // ---- Data: what kernels find in it.
 
-enum class Fault : unsigned long long { none, table_row, row_index, target, teacher_token, teacher_twice, teacher_mass, document_start, cache_row, cache_position };
+enum class Fault : unsigned long long { none, table_row, row_index, target, teacher_token, teacher_twice, teacher_mass, document_start, cache_row, cache_position, cache_row_twice };
 
 // `value` stands at `position`; those that are right lie below `limit`. A GPU tells of it later, so this makes the error only.
 Error error_of(Fault fault, const char* op, int64_t position, double value, int64_t limit);

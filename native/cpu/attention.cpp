@@ -741,6 +741,8 @@ void attention_step(const Call& call) {
   for (int64_t i = 0; i < p.b; ++i) {
     if (rows[i] < 0 || rows[i] >= sequences) raise(Fault::cache_row, call.op, i, rows[i], sequences);
     if (positions[i] < 0) raise(Fault::cache_position, call.op, i, positions[i], 0);
+    for (int64_t j = 0; j < i; ++j)
+      if (rows[j] == rows[i]) raise(Fault::cache_row_twice, call.op, i, rows[i], sequences);
   }
   decode(
       call, p, [&](int64_t batch) { return Seen{rows[batch], least(int64_t{positions[batch]} + 1, p.s)}; },

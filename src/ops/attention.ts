@@ -94,7 +94,8 @@ export interface AttentionStepOptions extends Pick<AttentionOptions, 'scale' | '
  * @param now key and value [B 1 G D]
  * @param cache key and value [N R G D], changed in place
  * @returns [B 1 H D]
- * @throws ShapeError when a shape does not fit; DataError, when the result is read, for a row or position out of range.
+ * @throws ShapeError when a shape does not fit; DataError, when the result is read, for a row or position out of range, and on the CPU for a row
+ *   that is named twice.
  */
 export function attentionStep(
   q: Tensor,

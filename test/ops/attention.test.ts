@@ -364,3 +364,15 @@ test('a step refuses rows and positions that are not there', async () => {
   await expect(step(2, 0)).rejects.toThrow(/rows is 2 at 0, the cache has 2 sequences/);
   await expect(step(0, -1)).rejects.toThrow(/positions is -1/);
 });
+
+test.skipIf(testDevice !== 'cpu')('a step refuses a sequence that is named twice', async () => {
+  const y = scope(() => {
+    const [token, ring] = [zeros([3, 1, 2, 4]), zeros([2, 3, 2, 4])];
+    const at = { rows: tensor([1, 0, 1], [3], 'i32'), positions: tensor([0, 0, 0], [3, 1], 'i32') };
+    return attentionStep(token, { key: token, value: token }, { key: ring, value: ring }, at);
+  });
+  await expect(y.read().finally(() => y.dispose())).rejects.toMatchObject({
+    code: 'ERR_CACHE_ROW',
+    message: expect.stringContaining('rows names sequence 1 twice, again at 2'),
+  });
+});
