@@ -17,8 +17,9 @@ LIMBECK_EVERYWHERE inline float unpack_first(uint8_t code, float largest) {
   const float root = static_cast<float>(code & 127) * (1.f / 127);
   return (code & 128 ? -root : root) * root * largest;
 }
-LIMBECK_EVERYWHERE inline uint8_t pack_first(float value, float to_share) {
-  const float share = __builtin_fabsf(value) * to_share;
+LIMBECK_EVERYWHERE inline uint8_t pack_first(float value, float largest) {
+  if (!(largest > 0)) return 0;
+  const float share = __builtin_fabsf(value) / largest;
   const int root = static_cast<int>(__builtin_sqrtf(share < 1 ? share : 1.f) * 127 + 0.5f);
   return static_cast<uint8_t>(root | (value < 0 ? 128 : 0));
 }
@@ -26,14 +27,12 @@ LIMBECK_EVERYWHERE inline float unpack_second(uint8_t code, float largest) {
   const float root = static_cast<float>(code) * (1.f / 255), square = root * root;
   return square * square * largest;
 }
-LIMBECK_EVERYWHERE inline uint8_t pack_second(float value, float to_share) {
+LIMBECK_EVERYWHERE inline uint8_t pack_second(float value, float largest) {
   if (!(value > 0)) return 0;
-  const float share = value * to_share;
+  const float share = value / largest;
   const int root = static_cast<int>(__builtin_sqrtf(__builtin_sqrtf(share < 1 ? share : 1.f)) * 255 + 0.5f);
   return static_cast<uint8_t>(root < 1 ? 1 : root);
 }
-// What the values of a block are multiplied by to be packed. Of a largest that is nearly no number there are no shares.
-LIMBECK_EVERYWHERE inline float share_of(float largest) { return largest >= 1.17549435e-38f ? 1 / largest : 0.f; }
 
 // Random bits of the eight parameters from `first` on, a multiple of eight, in update `step`: 16 for each.
 struct Chances {

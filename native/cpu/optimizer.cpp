@@ -138,10 +138,9 @@ static void adamw_8bit(const Call& call) {
       });
       ms = m_largest;
       vs = v_largest;
-      const float m_share = share_of(m_largest), v_share = share_of(v_largest);
       for (int64_t i = 0; i < count; ++i) {
-        m[from + i] = pack_first(first[i], m_share);
-        v[from + i] = pack_second(second[i], v_share);
+        m[from + i] = pack_first(first[i], m_largest);
+        v[from + i] = pack_second(second[i], v_largest);
       }
     }
   });

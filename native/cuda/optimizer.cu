@@ -181,12 +181,11 @@ __global__ void __launch_bounds__(kThreads) update_8bit(P* p, const float* g, ui
   v_largest = warp_largest(v_largest);
   __syncwarp();  // all have read the old scales
   if (i % kMomentBlock == 0) m_scale[block] = m_largest, v_scale[block] = v_largest;
-  const float m_share = share_of(m_largest), v_share = share_of(v_largest);
   uint64_t m_new = 0, v_new = 0;
 #pragma unroll
   for (int k = 0; k < kLane; ++k) {
-    m_new |= static_cast<uint64_t>(pack_first(first.v[k], m_share)) << 8 * k;
-    v_new |= static_cast<uint64_t>(pack_second(second.v[k], v_share)) << 8 * k;
+    m_new |= static_cast<uint64_t>(pack_first(first.v[k], m_largest)) << 8 * k;
+    v_new |= static_cast<uint64_t>(pack_second(second.v[k], v_largest)) << 8 * k;
   }
   put_codes(m + i, count, m_new);
   put_codes(v + i, count, v_new);
