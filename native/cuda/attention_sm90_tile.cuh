@@ -13,14 +13,13 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/launch.h"
+#include "cuda/warpgroup.cuh"
 
 namespace limbeck::cuda::attention::sm90 {
 
 constexpr int kThreads = 384;
 constexpr int kRows = 64;  // of a warpgroup's tile, and of all boxes but those of streamed keys
 constexpr int kWarps = 8;  // that read a stage
-// The launch gives every thread 168 registers; the loading warpgroup leaves most of its own to the others: 24 + 2 * 240 = 3 * 168.
-constexpr int kLoadRegisters = 24, kComputeRegisters = 240;
 
 template <int D>
 constexpr int kPanels = (D + 63) / 64;
@@ -98,16 +97,6 @@ __device__ __forceinline__ uint32_t parity_of(int i) {
   return static_cast<uint32_t>(i / Stages) & 1;
 }
 
-// A place that walks over the stages of a ring: stage and parity.
-template <int Stages>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == Stages) stage = 0, parity ^= 1;
-  }
-};
-
 // The barriers of a ring that the blocks of a cluster fill for each other, by the one thread that sets them up.
 template <int Stages = 2>
 __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int cluster) {
@@ -115,14 +104,6 @@ __device__ __forceinline__ void init_ring(uint64_t* full, uint64_t* empty, int c
     ptx::mbarrier_init(full + i, 1);
     ptx::mbarrier_init(empty + i, kWarps * cluster);
   }
-}
-
-__device__ __forceinline__ int warpgroup_of_thread() {
-#ifdef LIMBECK_EMULATE
-  return static_cast<int>(threadIdx.x) / 128;
-#else
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // known to be the same in a warp
-#endif
 }
 
 // A warp has read a stage. Blocks of a cluster fill each other's stages, so all of them are told.
@@ -193,13 +174,6 @@ __device__ __forceinline__ void pack(const float (&x)[N / 2], uint32_t (&a)[N / 
     for (int i = 0; i < 4; ++i) a[k][i] = pack_bf16(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// --- Rows of a thread: 16 w + lane / 4 and 8 more, columns 8 j + 2 (lane % 4) and the next -------------------------------------------
-__device__ __forceinline__ int thread_row() {
-  const int thread = static_cast<int>(threadIdx.x);
-  return thread % 128 / 32 * 16 + thread % 32 / 4;
-}
-__device__ __forceinline__ int thread_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
-
 struct Seen {
   int from[2];
   uint32_t count[2];
@@ -262,16 +236,6 @@ __device__ __forceinline__ void to_scores(const Score& s, float (&x)[N]) {
       x[i] = fabsf(x[i]) > s.reach ? far * s.top : near_score(s, x[i]);
     }
   }
-}
-
-// Sum, maximum over the four lanes of a row.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
 // --- Results --------------------------------------------------------------------------------------------------------------------------

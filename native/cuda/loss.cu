@@ -77,7 +77,7 @@ struct ExponentialsPass {
   template <class Put>
   __device__ __forceinline__ void half(const product_sm90::Work& work, float (&u)[product_sm90::kHalfSums], int row, int word, Put put) const {
     using M = Math<bf16>;
-    const int own = row + product_sm90::row_of_thread(), column = product_sm90::column_of_thread();
+    const int own = row + thread_row(), column = thread_column();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int y = own + 8 * i < work.rows ? target[own + 8 * i] - first - word - column : -1;
@@ -88,37 +88,21 @@ struct ExponentialsPass {
         for (int k = 0; k < 2; ++k)
           if (y == 8 * j + k) target_z[own + 8 * i] = cap.shape<M>(u[4 * j + 2 * i + k]) * cap.heat;
     }
-    const int left = work.words - word - column;
     float sum[2] = {0, 0};
-    const auto take = [&]<bool whole>(std::bool_constant<whole>) {
-      const float heat = cap.heat * M::of_e;
-#pragma unroll
-      for (int panel = 0; panel < product_sm90::kTileWords / product_sm90::kPanel; ++panel) {
-        uint32_t packed[product_sm90::kPanel / 8][2];
-#pragma unroll
-        for (int j = 0; j < product_sm90::kPanel / 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float g[2];
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              const int at = panel * product_sm90::kPanel + 8 * j + k;
-              const float s = cap.shape<M>(u[at / 8 * 4 + 2 * i + k]), e = whole || at < left ? M::power(s * heat) : 0.f;
-              sum[i] += e;
-              g[k] = e * cap.slope(s);
-            }
-            packed[j][i] = pack_bf16(g[0], g[1]);
-          }
-        if (work.stores) put(panel, packed);
-      }
+    const float heat = cap.heat * M::of_e;
+    const auto slope = [&](int i, float x, bool inside) {
+      const float s = cap.shape<M>(x), e = inside ? M::power(s * heat) : 0.f;
+      sum[i] += e;
+      return e * cap.slope(s);
     };
-    if (word + product_sm90::kTileWords <= work.words) take(std::true_type{});
-    else take(std::false_type{});
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = product_sm90::row_sum(sum[i]);
-      if (sums && threadIdx.x % 4 == 0 && own + 8 * i < work.rows) sums[(own + 8 * i) * static_cast<int64_t>(tiles) + word / product_sm90::kTileWords] = sum[i];
-    }
+    product_sm90::each_pair(
+        work, u, word,
+        [&](int i, float x, float y, bool has_x, bool has_y) {
+          const float first = slope(i, x, has_x), second = slope(i, y, has_y);
+          return pack_bf16(first, second);
+        },
+        put);
+    if (sums) product_sm90::put_row_sums(work, sum, row, [&](int at) { return sums + at * static_cast<int64_t>(tiles) + word / product_sm90::kTileWords; });
   }
 };
 

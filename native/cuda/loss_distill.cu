@@ -249,36 +249,21 @@ struct RoundingPass {
   template <class Put>
   __device__ __forceinline__ void half(const product_sm90::Work& work, float (&u)[product_sm90::kHalfSums], int row, int word, Put put) const {
     using M = Math<bf16>;
-    const int own = row + product_sm90::row_of_thread(), left = work.words - word - product_sm90::column_of_thread();
     const float warm = cap.heat * inverse_t * M::of_e / kSteps;
     float sum[2] = {0, 0};
-    const auto take = [&]<bool whole>(std::bool_constant<whole>) {
-#pragma unroll
-      for (int panel = 0; panel < product_sm90::kTileWords / product_sm90::kPanel; ++panel) {
-        uint32_t packed[product_sm90::kPanel / 8][2];
-#pragma unroll
-        for (int j = 0; j < product_sm90::kPanel / 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            packed[j][i] = 0;
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              const int at = panel * product_sm90::kPanel + 8 * j + k;
-              const float rounded = rintf(cap.shape<M>(u[at / 8 * 4 + 2 * i + k]) * kSteps);
-              if (whole || at < left) sum[i] += M::power(rounded * warm);
-              packed[j][i] |= (static_cast<uint32_t>(static_cast<int>(rounded)) & 0xffffu) << 16 * k;
-            }
-          }
-        put(panel, packed);
-      }
+    const auto round = [&](int i, float x, bool inside) {
+      const float rounded = rintf(cap.shape<M>(x) * kSteps);
+      if (inside) sum[i] += M::power(rounded * warm);
+      return static_cast<uint32_t>(static_cast<int>(rounded)) & 0xffffu;
     };
-    if (word + product_sm90::kTileWords <= work.words) take(std::true_type{});
-    else take(std::false_type{});
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = product_sm90::row_sum(sum[i]);
-      if (threadIdx.x % 4 == 0 && own + 8 * i < work.rows) sums[(own + 8 * i) * of_row + word / product_sm90::kTileWords * of_tile] = sum[i];
-    }
+    product_sm90::each_pair(
+        work, u, word,
+        [&](int i, float x, float y, bool has_x, bool has_y) {
+          const uint32_t first = round(i, x, has_x), second = round(i, y, has_y);
+          return first | second << 16;
+        },
+        put);
+    product_sm90::put_row_sums(work, sum, row, [&](int at) { return sums + at * of_row + word / product_sm90::kTileWords * of_tile; });
   }
 };
 

@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/lanes.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/warpgroup.cuh"
 
 namespace limbeck::cuda::product_sm90 {
 
@@ -25,8 +26,6 @@ constexpr int kHalfSums = kTileWords / 2;                     // a thread's resu
 constexpr int kPanel = 64;                                    // columns that are written at a time
 constexpr int kRowsWords = kTileRows * kDepth / 2, kWordsWords = kTileWords * kDepth / 2;  // 32-bit words of a stage
 constexpr int kPieceWords = kHalfRows * kPanel / 2;
-// The launch gives every thread 168 registers; the loading warpgroup leaves most of its own to the others.
-constexpr int kLoadRegisters = 24, kPassRegisters = 240;
 constexpr size_t kShared = 4 * (kStages * (kRowsWords + kWordsWords) + 2 * kPieceWords) + 2 * kStages * sizeof(uint64_t) + 1024;
 
 struct Work {
@@ -35,25 +34,42 @@ struct Work {
   bool stores;             // whether the pass leaves bf16 behind
 };
 
-// A thread's results: rows row() and 8 more of each half, columns 8 j + column() and the next.
-__device__ __forceinline__ int row_of_thread() { return static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4; }
-__device__ __forceinline__ int column_of_thread() { return static_cast<int>(threadIdx.x) % 4 * 2; }
-__device__ __forceinline__ int group_of_thread() {
-#ifdef LIMBECK_EMULATE
-  return static_cast<int>(threadIdx.x) / 128;
-#else
-  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);  // known to be the same in a warp
-#endif
+// Walks over a thread's results of 64 rows, words from `word` on, two columns at a time: pair(i, u, v, has_u, has_v) makes what is stored of
+// those of row thread_row() + 8 i, of which has_u and has_v are inside. put as in pass.half.
+template <class Pair, class Put>
+__device__ __forceinline__ void each_pair(const Work& work, const float (&sums)[kHalfSums], int word, Pair pair, Put put) {
+  const int left = work.words - word - thread_column();
+  const auto walk = [&]<bool whole>(std::bool_constant<whole>) {
+#pragma unroll
+    for (int panel = 0; panel < kTileWords / kPanel; ++panel) {
+      uint32_t packed[kPanel / 8][2];
+#pragma unroll
+      for (int j = 0; j < kPanel / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at = panel * kPanel + 8 * j, own = at / 2 + 2 * i;
+          packed[j][i] = pair(i, sums[own], sums[own + 1], whole || at < left, whole || at + 1 < left);
+        }
+      if (work.stores) put(panel, packed);
+    }
+  };
+  if (word + kTileWords <= work.words) walk(std::true_type{});
+  else walk(std::false_type{});
 }
 
-// Over the four lanes that share a row.
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
+// What a pass adds up for each row, summed over the tile, to *to(row).
+template <class To>
+__device__ __forceinline__ void put_row_sums(const Work& work, const float (&sum)[2], int row, To to) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float whole = quad_sum(sum[i]);
+    if (const int own = row + thread_row() + 8 * i; threadIdx.x % 4 == 0 && own < work.rows) *to(own) = whole;
+  }
 }
 
 // pass.half(sums, row, word, put) gets 64 rows from `row` on, words from `word` on, and calls put(panel, packed) with 64 columns at a
-// time of what is to be stored: packed[j][i] are columns 8 j + column() of row() + 8 i. What lies beyond rows and words is zero.
+// time of what is to be stored: packed[j][i] are columns 8 j + thread_column() of thread_row() + 8 i. What lies beyond rows and words is
+// zero.
 template <class Pass>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     product_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
@@ -78,29 +94,28 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const auto row_of = [&](int t) { return (first + t * blocks) % work.across * kTileRows; };
   const auto word_of = [&](int t) { return (first + t * blocks) / work.across * kTileWords; };
 
-  if (group_of_thread() == 0) {
+  if (warpgroup_of_thread() == 0) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
     if (threadIdx.x == 0) {
-      int stage = 0;
-      uint32_t parity = 1;
+      Slot<kStages> slot{0, 1};
       for (int t = 0; t < count; ++t) {
         const int row = row_of(t), word = word_of(t);
 #pragma unroll 1
         for (int step = 0; step < work.steps; ++step) {
-          ptx::mbarrier_wait(empty + stage, parity);
-          ptx::mbarrier_arrive_expect_tx(full + stage, 4 * (kRowsWords + kWordsWords));
-          ptx::tma_load(rows + stage * kRowsWords, &x_map, full + stage, step * kDepth, row);
-          ptx::tma_load(words + stage * kWordsWords, &w_map, full + stage, step * kDepth, word);
-          if (++stage == kStages) stage = 0, parity ^= 1;
+          ptx::mbarrier_wait(empty + slot.stage, slot.parity);
+          ptx::mbarrier_arrive_expect_tx(full + slot.stage, 4 * (kRowsWords + kWordsWords));
+          ptx::tma_load(rows + slot.stage * kRowsWords, &x_map, full + slot.stage, step * kDepth, row);
+          ptx::tma_load(words + slot.stage * kWordsWords, &w_map, full + slot.stage, step * kDepth, word);
+          slot.next();
         }
       }
     }
     return;
   }
 
-  ptx::setmaxnreg_inc<kPassRegisters>();
+  ptx::setmaxnreg_inc<kComputeRegisters>();
   constexpr int kTurn = 3;  // and the next: barriers of both warpgroups; 1 and 2 are their own
-  const int me = group_of_thread() - 1, lane = static_cast<int>(threadIdx.x) % 32;
+  const int me = warpgroup_of_thread() - 1, lane = static_cast<int>(threadIdx.x) % 32;
   uint32_t* const piece = pieces + me * kPieceWords;
   const auto release = [&](int stage) {
     __syncwarp();
@@ -111,14 +126,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     float sums[2][kHalfSums];
     if (t > 0) ptx::bar_sync(kTurn + me, 256);
     const int before = t * work.steps;
-    int stage = before % kStages, last = 0;
-    uint32_t parity = static_cast<uint32_t>(before / kStages) & 1;
+    Slot<kStages> slot{before % kStages, static_cast<uint32_t>(before / kStages) & 1};
+    int last = 0;
 #pragma unroll 1
     for (int step = 0; step < work.steps; ++step) {
-      ptx::mbarrier_wait(full + stage, parity);
+      ptx::mbarrier_wait(full + slot.stage, slot.parity);
       ptx::wgmma_fence();
-      const uint64_t a = ptx::wgmma_descriptor(rows + stage * kRowsWords, 16, 1024, Swizzle::b128),
-                     b = ptx::wgmma_descriptor(words + stage * kWordsWords, 16, 1024, Swizzle::b128);
+      const uint64_t a = ptx::wgmma_descriptor(rows + slot.stage * kRowsWords, 16, 1024, Swizzle::b128),
+                     b = ptx::wgmma_descriptor(words + slot.stage * kWordsWords, 16, 1024, Swizzle::b128);
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
 #pragma unroll
@@ -129,8 +144,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         ptx::wgmma_wait<1>();
         release(last);
       }
-      last = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      last = slot.stage;
+      slot.next();
     }
     if (t + 1 < count) ptx::bar_arrive(kTurn + 1 - me, 256);
     ptx::wgmma_wait<0>();
@@ -148,8 +163,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         for (int j = 0; j < kPanel / 8; ++j)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int at = row_of_thread() + 8 * i;
-            piece[at * 32 + (j ^ (at % 8)) * 4 + column_of_thread() / 2] = packed[j][i];
+            const int at = thread_row() + 8 * i;
+            piece[at * 32 + (j ^ (at % 8)) * 4 + thread_column() / 2] = packed[j][i];
           }
         ptx::fence_proxy_async();
         ptx::bar_sync(1 + me, 128);
