@@ -21,25 +21,27 @@
 namespace limbeck::cpu::LIMBECK_ISA {
 namespace {
 
+constexpr int NV = kBlockVectors, NR = NV * W;
 #if defined(__AVX512F__)
-constexpr int MR = 14, NV = 2;  // 28 accumulators of 32 registers
+constexpr int MR = 9;  // 27 accumulators of 32 registers
 #elif defined(__aarch64__)
-constexpr int MR = 8, NV = 3;   // 24 of 32
+constexpr int MR = 8;  // 24 of 32
 #else
-constexpr int MR = 6, NV = 2;   // 12 of 16
+constexpr int MR = 6;  // 12 of 16
 #endif
-constexpr int NR = NV * W;
-static_assert(NR == kBlockColumns);
+// A block of A (MC x KC) stays in L2, and a sliver of B (KC x NR) near L1.
 #if defined(__AVX512F__)
-constexpr int64_t KC = 512, MC = 6 * MR;            // a block of A (MC x KC) stays in L2, and a sliver of B (KC x NR) near L1
+constexpr int64_t KC = 384;
 #else
-constexpr int64_t KC = 256, MC = 12 * MR;
+constexpr int64_t KC = 256;
 #endif
+constexpr int64_t MC = 12 * MR;
+constexpr int64_t kWideMC = 28 * MR;  // where rows of A are contiguous: short pieces of far lines come slowly from memory
 constexpr int64_t kPanelFloats = int64_t{1} << 18;  // a panel of B in L2: 1 MB
-constexpr int64_t kSerialCols = 16 * NR;
 constexpr int kSlot = 1;
-// Rows fetched before they are packed. Rows whose distance is a multiple of 4 KB share one set of L1, which has 8 ways or more.
-constexpr int64_t kPackAhead = 6;
+// Rows packed together, and rows fetched before they are. Rows whose distance is a multiple of 4 KB share one set of L1, which has 8 ways
+// or more.
+constexpr int64_t kTogether = 8, kPackAhead = 6;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t whole(int64_t n) { return ceil_div(n, W) * W; }
@@ -83,18 +85,10 @@ struct Strips {
   explicit Strips(int64_t rows) : count(ceil_div(rows, MR)), height(rows / count), high(rows % count) {}
   int64_t at(int64_t s) const { return s * height + least(s, high); }
   int64_t of(int64_t s) const { return height + (s < high); }
-  int64_t step() const { return whole(height + (high > 0)); }
+  // Where a strip lies in a packed block. Rows of less than a vector are stored as a whole one, so that something is left behind the last.
+  int64_t packed(int64_t s, int64_t depth) const { return at(s) * whole(depth) + s * W; }
 };
-
-// Slivers of B: [depth][NR] one after the other, the last one padded with zeros to whole vectors.
-struct Slivers {
-  int64_t count, cols;
-
-  explicit Slivers(int64_t cols) : count(ceil_div(cols, NR)), cols(cols) {}
-  int64_t at(int64_t s) const { return s * NR; }
-  int64_t of(int64_t s) const { return least(NR, cols - s * NR); }
-  int64_t stride(int64_t s) const { return ceil_div(of(s), W) * W; }
-};
+constexpr int64_t kBlockFloats = kWideMC * KC + kWideMC / MR * W;
 
 // Calls body(source) with the loader of a matrix.
 template <class Body>
@@ -108,7 +102,7 @@ void with_loader(const Matrix& x, Body&& body) {
 }
 
 // A is read one number at a time, so that it is copied as it lies and never transposed. A strip is [depth / W][rows][W] where k is
-// contiguous, else [depth][step].
+// contiguous, else [depth][rows].
 bool along_depth(const Matrix& a) { return a.row_stride != 1; }
 
 void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
@@ -119,7 +113,7 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
       constexpr int64_t kAhead = 2;
       for (int64_t s = 0; s < strips.count; ++s) {
         const int64_t height = strips.of(s);
-        float* d = dst + strips.at(s) * whole(depth);
+        float* d = dst + strips.packed(s, depth);
         for (int64_t r = 0; r < height; ++r) {
           const int64_t from = at + (strips.at(s) + r) * a.row_stride;
           int64_t p = 0;
@@ -131,15 +125,21 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
         }
       }
     } else {
-      const int64_t step = strips.step();
-      for (int64_t p = 0; p < depth; ++p) {
-        const int64_t from = at + p * a.col_stride;
-        for (int64_t s = 0; s < strips.count; ++s)
-          for (int64_t l = 0; l < step; l += W) {
-            const int64_t i = strips.at(s) + l;
-            source.fetch(from + i + kPackAhead * a.col_stride);
-            store(dst + (s * depth + p) * step + l, i + W <= rows ? source(from + i) : i < rows ? source.part(from + i, rows - i) : Vec{});
-          }
+      for (int64_t p0 = 0; p0 < depth; p0 += kTogether) {
+        const int64_t until = least(depth, p0 + kTogether);
+        for (int64_t s = 0; s < strips.count; ++s) {
+          const int64_t i = strips.at(s), height = strips.of(s);
+          int64_t from = at + p0 * a.col_stride + i;
+          float* d = dst + strips.packed(s, depth) + p0 * height;
+          const auto copy = [&](auto load_at) {
+            for (int64_t p = p0; p < until; ++p, from += a.col_stride, d += height) {
+              source.fetch(from + kPackAhead * a.col_stride);
+              for (int64_t l = 0; l < (MR + W - 1) / W * W; l += W) store(d + l, load_at(l));
+            }
+          };
+          if (i + whole(MR) <= rows) copy([&](int64_t l) { return source(from + l); });
+          else copy([&](int64_t l) { return l < height ? source.part(from + l, least(W, rows - i - l)) : Vec{}; });
+        }
       }
     }
   });
@@ -147,15 +147,13 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
 
 // B, with contiguous columns: its rows are read along, a few at a time.
 template <class Load>
-void pack_columns(Load source, int64_t at, int64_t stride, int64_t cols, int64_t depth, float* dst) {
-  constexpr int64_t kRows = 8;
-  const Slivers slivers(cols);
-  for (int64_t p0 = 0; p0 < depth; p0 += kRows) {
-    const int64_t rows = least(kRows, depth - p0);
-    for (int64_t s = 0; s < slivers.count; ++s) {
-      const int64_t first = slivers.at(s), n = slivers.of(s), ld = slivers.stride(s);
+void pack_columns(Load source, int64_t at, int64_t stride, const Slivers& slivers, int64_t s0, int64_t s1, int64_t depth, float* dst) {
+  for (int64_t p0 = 0; p0 < depth; p0 += kTogether) {
+    const int64_t rows = least(kTogether, depth - p0);
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t first = slivers.at(s), n = slivers.of(s), ld = whole(n);
       int64_t from = at + p0 * stride + first;
-      float* d = dst + first * depth + p0 * ld;
+      float* d = dst + (first - slivers.at(s0)) * depth + p0 * ld;
       if (n == NR) {
         for (int64_t p = 0; p < rows; ++p, from += stride, d += NR) {
 #pragma GCC unroll 4
@@ -174,26 +172,25 @@ void pack_columns(Load source, int64_t at, int64_t stride, int64_t cols, int64_t
 
 // B, with contiguous k: W x W blocks are transposed in registers.
 template <class Load>
-void pack_depth(Load source, int64_t at, int64_t stride, int64_t cols, int64_t depth, float* dst) {
-  const Slivers slivers(cols);
-  for (int64_t s = 0; s < slivers.count; ++s) {
-    const int64_t first = slivers.at(s), lanes = slivers.of(s), ld = slivers.stride(s);
-    for (int64_t p = 0; p < depth; p += W) {
-      const int64_t n = depth - p;
-      for (int64_t l = 0; l < lanes; l += W) {
+void pack_depth(Load source, int64_t at, int64_t stride, const Slivers& slivers, int64_t s0, int64_t s1, int64_t depth, float* dst) {
+  for (int64_t s = s0; s < s1; ++s) {
+    const int64_t first = slivers.at(s), lanes = slivers.of(s), ld = whole(lanes);
+    for (int64_t l = 0; l < lanes; l += W) {
+      for (int64_t p = 0; p < depth; p += W) {
+        const int64_t n = depth - p;
         Vec v[W];
         const int64_t rows = lanes - l, from = at + (first + l) * stride + p;
         if (n >= W && rows >= W) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) {
-            source.fetch(from + (i + lanes) * stride);  // the next sliver
+            source.fetch(from + (i + W) * stride);
             v[i] = source(from + i * stride);
           }
         } else {
           for (int i = 0; i < W; ++i) v[i] = i < rows ? source.part(from + i * stride, least(n, W)) : Vec{};
         }
         transpose(v);
-        float* d = dst + first * depth + p * ld + l;
+        float* d = dst + (first - slivers.at(s0)) * depth + p * ld + l;
         if (n >= W) {
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) store(d + i * ld, v[i]);
@@ -205,88 +202,83 @@ void pack_depth(Load source, int64_t at, int64_t stride, int64_t cols, int64_t d
   }
 }
 
-void pack_b(const Matrix& b, int64_t p0, int64_t depth, int64_t j0, int64_t cols, float* dst) {
-  const int64_t at = p0 * b.row_stride + j0 * b.col_stride;
+// Rows [p0, p0 + depth) of slivers [s0, s1).
+void pack_b(const Matrix& b, int64_t p0, int64_t depth, const Slivers& slivers, int64_t s0, int64_t s1, float* dst) {
+  const int64_t at = p0 * b.row_stride;
   with_loader(b, [&](auto source) {
-    if (b.col_stride == 1) pack_columns(source, at, b.row_stride, cols, depth, dst);
-    else pack_depth(source, at, b.col_stride, cols, depth, dst);
+    if (b.col_stride == 1) pack_columns(source, at, b.row_stride, slivers, s0, s1, depth, dst);
+    else pack_depth(source, at, b.col_stride, slivers, s0, s1, depth, dst);
   });
 }
 
 // ---- The micro-kernel: R rows by V vectors of C ----
 
 struct Tile {
-  float alpha;
-  const float* bias;  // at this tile's first column
-  bool add;           // C is read
-  const float* beside[TileHook::kBeside];  // what the hook will read at the same place; null for none
+  float* c;
+  int64_t ldc;
+  bool add;      // C is read
+  int fetches;   // what is fetched meanwhile, of C's shape and stride: C itself and what the hook will read at the same place
+  const float* fetch[1 + TileHook::kBeside];
 };
 
-// A strip is [depth / W][R][W] if Along, else [depth][step]. It comes from L2, as B does where depth is large: both are fetched
-// some steps ahead. C and what lies beside it come from farther away: a few lines for each W steps, since many at once would hold up
-// the loads of A and B.
+// A strip is [depth / W][R][W] if Along, else [depth][R]. It comes from L2, as B does where depth is large: both are fetched some steps
+// ahead. C and what lies beside it come from farther away: a row for each W steps, since many at once would hold up the loads of A and B.
+// Nothing but whole vectors here: with anything more, compilers spill the accumulators.
 template <int R, int V, bool Along>
-void multiply(int64_t depth, const float* a, int64_t step, const float* b, float* c, int64_t ldc, int64_t cols, const Tile& tile) {
-  Vec acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
   constexpr int64_t kAhead = 8;
-  const int64_t quick = R * W / depth + 1;
-  int64_t fetched = 0;
-  for (int64_t p = 0; p < depth; p += W) {
-    for (const int64_t until = least(R, fetched + quick); fetched < until; ++fetched) {
-      const auto fetch = [&](const float* x) {
-        __builtin_prefetch(x + fetched * ldc, 1);
-        if (V > 1) __builtin_prefetch(x + fetched * ldc + (V - 1) * W, 1);
-      };
-      fetch(c);
-      for (const float* x : tile.beside)
-        if (x) fetch(x);
-    }
-    const float* const end = b + least(W, depth - p) * (V * W);
-    const float* ahead = a + (Along ? R * W : kAhead * step);
-    for (; b != end; b += V * W) {
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+  const auto add_up = [&](int64_t n) __attribute__((always_inline)) {
+    const float* ahead = a + (Along ? R * W : kAhead * R);
+#pragma GCC unroll 1
+    for (int64_t q = 0; q < n; ++q) {
       __builtin_prefetch(ahead);
-      ahead += Along ? W : step;
+      ahead += Along ? W : R;
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(b + (kAhead * V + v) * W);
       Vec x[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
+      b += V * W;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Vec y = splat(Along ? a[r * W] : a[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] += y * x[v];
       }
-      a += Along ? 1 : step;
+      a += Along ? 1 : R;
     }
     if (Along) a += (R - 1) * W;
-  }
-  // A step of its own: whether the compiler would fuse it with the additions below could differ from one R to another.
-  if (tile.alpha != 1.f)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) acc[r][v] *= tile.alpha;
-  const auto put = [&](auto finish) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) finish(c + r * ldc + v * W, acc[r][v], v);
   };
-  if (cols == V * W && !tile.bias) [[likely]] {
-    if (tile.add) put([&](float* d, Vec y, int) { store(d, load(d) + y); });
-    else put([&](float* d, Vec y, int) { store(d, y); });
-    return;
+  const int64_t ldc = tile.ldc, quick = R * W / depth + 1;
+  int64_t fetched = 0;
+  for (int64_t p = W; p <= depth; p += W) {
+    for (const int64_t until = least(R, fetched + quick); fetched < until; ++fetched)
+      for (int x = 0; x < tile.fetches; ++x)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) __builtin_prefetch(tile.fetch[x] + fetched * ldc + v * W, 1);
+    add_up(W);
   }
-  put([&](float* d, Vec y, int v) {
-    const int64_t n = least(W, cols - v * W);
-    if (tile.bias) y += load_part(tile.bias + v * W, n);
-    if (tile.add) y += load_part(d, n);
-    store_part(d, y, n);
-  });
+  if (depth % W > 0) add_up(depth % W);
+  float* c = tile.c;
+  if (tile.add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c += ldc)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(c + v * W, load(c + v * W) + acc[r][v]);
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, c += ldc)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(c + v * W, acc[r][v]);
+  }
 }
 
-using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, int64_t, const Tile&);
+using Multiply = void (*)(int64_t, const float*, const float*, const Tile&);
 struct Multiplies {
   Multiply by[2][MR][NV];
 };
@@ -312,26 +304,43 @@ struct Product {
   float* c;
   int64_t ldc;
   const GemmOptions* options;
+  Slivers slivers;
 
-  // A packed block of A, rows from i0, by slivers [s0, s1) of a packed part of B whose columns [0, cols) are C's from j0.
-  void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t j0, int64_t cols, int64_t s0, int64_t s1,
-             int64_t p0, int64_t depth, int thread) const {
+  // Of A, packed at a time.
+  int64_t block_rows() const { return along_depth(a) ? MC : kWideMC; }
+
+  // A packed block of A, rows from i0, by a packed part of B: its slivers [s0, s1), `depth` rows from p0 on.
+  void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t s0, int64_t s1, int64_t p0, int64_t depth, int thread) const {
     const Strips strips(rows);
-    const Slivers slivers(cols);
-    const int64_t step = strips.step();
-    const bool finished = p0 + depth == k, along = along_depth(a);
+    const bool finished = p0 + depth == k, along = along_depth(a), add = p0 > 0 || options->accumulate;
+    const float* const bias = p0 == 0 ? options->bias : nullptr;
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t j = j0 + slivers.at(s);
-      Tile tile{options->alpha, p0 == 0 && options->bias ? options->bias + j : nullptr, p0 > 0 || options->accumulate, {}};
-      const float* sliver = b_part + slivers.at(s) * depth;
-      const int64_t vectors = slivers.stride(s) / W, wide = slivers.of(s);
+      const int64_t j = slivers.at(s), wide = slivers.of(s), vectors = ceil_div(wide, W);
+      const float* const sliver = b_part + (j - slivers.at(s0)) * depth;
       for (int64_t t = 0; t < strips.count; ++t) {
         const int64_t r = strips.at(t), height = strips.of(t), at = (i0 + r) * ldc + j;
-        if (finished)
-          for (int x = 0; x < TileHook::kBeside; ++x)
-            if (options->hook.beside[x]) tile.beside[x] = options->hook.beside[x] + at;
-        const float* const strip = a_block + (along ? r * whole(depth) : t * depth * step);
-        kMultiply.by[along][height - 1][vectors - 1](depth, strip, step, sliver, c + at, ldc, wide, tile);
+        const auto into = [&](float* to, int64_t stride, bool added) {
+          Tile tile{to, stride, added, 1, {to}};
+          if (finished)
+            for (const float* x : options->hook.beside)
+              if (x) tile.fetch[tile.fetches++] = x + at;
+          kMultiply.by[along][height - 1][vectors - 1](depth, a_block + strips.packed(t, depth), sliver, tile);
+        };
+        if (wide == vectors * W && !bias) [[likely]] {
+          into(c + at, ldc, add);
+          continue;
+        }
+        alignas(64) float apart[MR * NR];
+        into(apart, vectors * W, false);
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t l = 0; l < wide; l += W) {
+            const int64_t lanes = least(W, wide - l);
+            float* const to = c + at + i * ldc + l;
+            Vec y = load(apart + i * vectors * W + l);
+            if (bias) y += load_part(bias + j + l, lanes);
+            if (add) y += load_part(to, lanes);
+            store_part(to, y, lanes);
+          }
       }
       if (finished) hook(i0, j, rows, wide, thread);
     }
@@ -352,8 +361,6 @@ struct Product {
   }
 };
 
-constexpr int64_t kBlockFloats = MC / MR * whole(MR) * KC;
-
 // ---- Sharing out ----
 
 // C is cut into columns x rows tasks, each for one thread and with a panel of B of its own. Of all such cuts that keep the threads
@@ -363,7 +370,7 @@ struct Grid {
   bool held;  // the threads take one panel after the other and keep it for whatever rows they get next
 
   Grid(const Product& q, int threads) : part(part_of(q.k)), panel((q.a.up ? 2 : 1) * kPanelFloats) {
-    const int64_t slivers = ceil_div(q.n, NR), least_columns = ceil_div(q.n, panel / part / NR * NR);
+    const int64_t slivers = q.slivers.count, least_columns = ceil_div(q.n, panel / part / NR * NR);
     const double work = 2. * static_cast<double>(q.m) * static_cast<double>(q.n) * static_cast<double>(q.k);
     const int64_t workers = least(threads, static_cast<int64_t>(work / 2e6) + 1);
     // An activation costs far more than a copy.
@@ -382,16 +389,16 @@ struct Grid {
       rows = r;
     }
     held = rows == workers;
-    if (held) rows = least(q.m, ceil_div(ceil_div(q.m, MC), workers) * workers);
+    if (held) rows = least(q.m, ceil_div(ceil_div(q.m, q.block_rows()), workers) * workers);
   }
 };
 
-// What a task multiplies: columns [j0, j0 + cols) of B and `deep` rows of it from d0, a panel in parts.
+// What a task multiplies: slivers [s0, s1) of B and `deep` rows of it from d0, a panel in parts.
 struct Panel {
-  int64_t j0, cols, d0, deep, part;
+  int64_t s0, s1, d0, deep, part;
 
   int64_t depth(int64_t p) const { return least(part, deep - p); }
-  int64_t at(int64_t p) const { return p * whole(cols); }
+  int64_t at(int64_t p, const Slivers& slivers) const { return p * whole(slivers.at(s1) - slivers.at(s0)); }
 };
 
 // A thread's own block of A and panel of B.
@@ -403,29 +410,28 @@ struct Packs {
 };
 
 void pack(const Product& q, const Panel& x, float* to) {
-  for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), x.j0, x.cols, to + x.at(p));
+  for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), q.slivers, x.s0, x.s1, to + x.at(p, q.slivers));
 }
 
-// Rows [i0, i1), at most MC, by a packed panel.
+// Rows [i0, i1), at most a block of them, by a packed panel.
 void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t i0, int64_t i1, int thread) {
   for (int64_t p = 0; p < x.deep; p += x.part) {
     const int64_t depth = x.depth(p);
-    const float* const b = q.b.packed ? static_cast<const float*>(q.b.data) + (x.d0 + p) * whole(q.n) + x.j0 * depth : packs.panel + x.at(p);
+    const float* const b = q.b.packed ? static_cast<const float*>(q.b.data) + (x.d0 + p) * whole(q.n) + q.slivers.at(x.s0) * depth : packs.panel + x.at(p, q.slivers);
     pack_a(q.a, i0, i1 - i0, x.d0 + p, depth, packs.block);
-    q.block(packs.block, i0, i1 - i0, b, x.j0, x.cols, 0, ceil_div(x.cols, NR), x.d0 + p, depth, thread);
+    q.block(packs.block, i0, i1 - i0, b, x.s0, x.s1, x.d0 + p, depth, thread);
   }
 }
 
 void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
-  const int64_t slivers = ceil_div(q.n, NR), widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
+  const int64_t slivers = q.slivers.count, widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
   const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part;
   const int64_t floats = q.b.packed ? 0 : least(deepest, q.k) * widest;
   std::vector<int64_t> holds(static_cast<size_t>(threads.size()), 0);  // the number of the panel that a thread holds
   int64_t number = 0;
   for (int64_t c = 0; c < grid.columns; ++c) {
-    const int64_t j0 = slivers * c / grid.columns * NR, cols = least(q.n, slivers * (c + 1) / grid.columns * NR) - j0;
     for (int64_t d0 = 0; d0 < q.k; d0 += deepest) {
-      const Panel panel{j0, cols, d0, least(deepest, q.k - d0), grid.part};
+      const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(deepest, q.k - d0), grid.part};
       ++number;
       threads.parallel(grid.rows, [&](int64_t r, int thread) {
         const Packs packs(threads, thread, floats);
@@ -438,14 +444,13 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
 }
 
 void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
-  const int64_t slivers = ceil_div(q.n, NR), floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
+  const int64_t slivers = q.slivers.count, floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
   threads.parallel(grid.columns * grid.rows, [&](int64_t task, int thread) {
     const int64_t c = task / grid.rows, r = task % grid.rows;
-    const int64_t j0 = slivers * c / grid.columns * NR, cols = least(q.n, slivers * (c + 1) / grid.columns * NR) - j0;
-    const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, MC);
+    const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, q.block_rows());
     const Packs packs(threads, thread, floats);
     for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
-      const Panel panel{j0, cols, d0, least(grid.part, q.k - d0), grid.part};
+      const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(grid.part, q.k - d0), grid.part};
       if (!q.b.packed) pack(q, panel, packs.panel);
       for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks, thread);
     }
@@ -455,11 +460,10 @@ void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
 // ---- Few rows: nothing is worth packing, so B streams past once ----
 
 constexpr int kFew = 8;
-constexpr int64_t kFewFloats = KC * kSerialCols;  // rows of A that must be copied fit in gemm_serial's scratch
+constexpr int64_t kFewFloats = int64_t{1} << 18;  // of rows that must be copied
 
 LIMBECK_INLINE void finish(const Product& q, int64_t i, int64_t j, float x) {
   float& c = q.c[i * q.ldc + j];
-  x *= q.options->alpha;
   if (q.options->bias) x += q.options->bias[j];
   c = q.options->accumulate ? c + x : x;
 }
@@ -604,7 +608,7 @@ bool vendor(const Product& q) {
   const int64_t lda = stride_of(a, at, q.m, q.k), ldb = stride_of(b, bt, q.k, q.n);
   if (q.m > most || q.n > most || q.k > most || lda > most || ldb > most || q.ldc > most) return false;
   cblas_sgemm(CblasRowMajor, at ? CblasTrans : CblasNoTrans, bt ? CblasTrans : CblasNoTrans, static_cast<int>(q.m), static_cast<int>(q.n),
-              static_cast<int>(q.k), o.alpha, static_cast<const float*>(a.data), static_cast<int>(lda), static_cast<const float*>(b.data),
+              static_cast<int>(q.k), 1.f, static_cast<const float*>(a.data), static_cast<int>(lda), static_cast<const float*>(b.data),
               static_cast<int>(ldb), o.accumulate ? 1.f : 0.f, q.c, static_cast<int>(q.ldc));
   return true;
 }
@@ -614,17 +618,18 @@ bool vendor(const Product& q) {
 
 Packed::Packed(int64_t k, int64_t n) : k(k), n(n), part(k > 0 ? part_of(k) : 1) {}
 void Packed::pack(ThreadPool& threads, Matrix b, float* to) const {
-  constexpr int64_t kCols = 8 * NR;  // of one task
-  const int64_t groups = ceil_div(n, kCols);
+  constexpr int64_t kGroup = 8;  // slivers of one task
+  const Slivers slivers(n);
+  const int64_t groups = ceil_div(slivers.count, kGroup);
   threads.parallel(ceil_div(k, part) * groups, [&](int64_t task, int) {
-    const int64_t p = task / groups * part, depth = least(part, k - p), j = task % groups * kCols;
-    pack_b(b, p, depth, j, least(kCols, n - j), to + p * whole(n) + j * depth);
+    const int64_t p = task / groups * part, depth = least(part, k - p), s = task % groups * kGroup;
+    pack_b(b, p, depth, slivers, s, least(slivers.count, s + kGroup), to + at(p, s));
   });
 }
 
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
   if (m <= 0 || n <= 0) return;
-  const Product product{a, b, m, n, k, c, ldc, &options};
+  const Product product{a, b, m, n, k, c, ldc, &options, Slivers(n)};
   if (k <= 0) return product.empty();
 
   if (is_few(product)) {
@@ -632,10 +637,10 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     const bool copy = !is_plain(a);
     const float* rows = rows_of_a(product, copy ? static_cast<float*>(threads.scratch(0, static_cast<size_t>(m * k + W) * 4, kSlot)) : nullptr, lda);
     // A task reads some 64 KB of B; dot products can be cut finer, so that few columns still share out evenly.
-    const int64_t unit = b.row_stride == 1 ? NR : 2 * NR;
-    const int64_t width = ceil_div(least(n, (int64_t{1} << 14) / k + 1), unit) * unit;
-    threads.parallel(ceil_div(n, width), [&](int64_t task, int thread) {
-      const int64_t j0 = task * width, j1 = least(n, j0 + width);
+    const Slivers& slivers = product.slivers;
+    const int64_t unit = b.row_stride == 1 ? 1 : 2, each = ceil_div(least(n, (int64_t{1} << 14) / k + 1), unit * NR) * unit;
+    threads.parallel(ceil_div(slivers.count, each), [&](int64_t task, int thread) {
+      const int64_t j0 = slivers.at(task * each), j1 = slivers.at(least(slivers.count, (task + 1) * each));
       few(product, rows, lda, j0, j1);
       product.hook(0, j0, m, j1 - j0, thread);
     });
@@ -649,35 +654,6 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
   const Grid grid(product, threads.size());
   if (grid.held) by_rows(threads, product, grid);
   else by_columns(threads, product, grid);
-}
-
-size_t gemm_scratch_bytes() { return static_cast<size_t>(kBlockFloats + 64 + KC * kSerialCols) * 4; }
-
-void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options) {
-  if (m <= 0 || n <= 0) return;
-  const Product product{a, b, m, n, k, c, ldc, &options};
-  if (k <= 0) return product.empty();
-  float* const panel = static_cast<float*>(scratch);
-  if (is_few(product)) {
-    int64_t lda;
-    const float* rows = rows_of_a(product, panel, lda);
-    few(product, rows, lda, 0, n);
-    return product.hook(0, 0, m, n, 0);
-  }
-  float* const strips = panel + KC * kSerialCols;
-  const int64_t part = part_of(k);
-  for (int64_t j0 = 0; j0 < n; j0 += kSerialCols) {
-    const int64_t cols = least(kSerialCols, n - j0), slivers = ceil_div(cols, NR);
-    for (int64_t p = 0; p < k; p += part) {
-      const int64_t depth = least(part, k - p);
-      pack_b(b, p, depth, j0, cols, panel);
-      for (int64_t i0 = 0; i0 < m; i0 += MC) {
-        const int64_t rows = least(MC, m - i0);
-        pack_a(a, i0, rows, p, depth, strips);
-        product.block(strips, i0, rows, panel, j0, cols, 0, slivers, p, depth, 0);
-      }
-    }
-  }
 }
 
 }  // namespace limbeck::cpu::LIMBECK_ISA

@@ -23,33 +23,55 @@ struct Matrix {
 inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
 
-#if defined(__aarch64__)
-constexpr int64_t kBlockColumns = 3 * W;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kBlockVectors = 3;
 #else
-constexpr int64_t kBlockColumns = 2 * W;
+constexpr int64_t kBlockVectors = 2;
 #endif
 
-// B [k n] as gemm() reads it: packed once for several products, or written where it is made. Parts of k, in each of them slivers of
-// kBlockColumns, in each of them rows; the last sliver is padded to whole vectors, which must be zero or finite.
+// How the columns of B and C are cut: into slivers of kBlockVectors vectors. The last two share what is left evenly, because a narrow
+// one reads as much of A as a wide one and multiplies less.
+struct Slivers {
+  static constexpr int64_t kWidest = kBlockVectors * W;
+  int64_t cols, count;
+
+  explicit Slivers(int64_t cols) : cols(cols), count((cols + kWidest - 1) / kWidest) {}
+  // The first column of sliver s; of sliver `count`: cols.
+  int64_t at(int64_t s) const {
+    if (s >= count) return cols;
+    if (s == 0 || s + 1 < count) return s * kWidest;
+    const int64_t before = (s - 1) * kWidest, vectors = (cols - before + W - 1) / W;
+    return before + (vectors + 1) / 2 * W;
+  }
+  int64_t of(int64_t s) const { return at(s + 1) - at(s); }
+  // The sliver that holds column j.
+  int64_t index(int64_t j) const {
+    const int64_t s = j / kWidest;
+    return s + 2 == count && j >= at(s + 1) ? s + 1 : s;
+  }
+};
+
+// B [k n] as gemm() reads it: packed once for several products, or written where it is made. Parts of k, in each of them slivers, in each
+// of them rows; the last sliver is padded to whole vectors, which must be zero or finite.
 struct Packed {
   int64_t k, n, part;
   Packed(int64_t k, int64_t n);
-  int64_t floats() const { return k * padded(n); }
-  // Row p of the sliver that begins at column j.
-  int64_t at(int64_t p, int64_t j) const {
+  int64_t floats() const { return k * whole(n); }
+  // Row p of sliver s.
+  int64_t at(int64_t p, int64_t s) const {
+    const Slivers slivers(n);
     const int64_t first = p / part * part, depth = k - first < part ? k - first : part;
-    const int64_t width = padded(n - j) < kBlockColumns ? padded(n - j) : kBlockColumns;
-    return first * padded(n) + j * depth + (p - first) * width;
+    return first * whole(n) + slivers.at(s) * depth + (p - first) * whole(slivers.of(s));
   }
   void pack(ThreadPool& threads, Matrix b, float* to) const;
   static Matrix matrix(const float* p) { return {p, 0, 0, DType::f32, nullptr, 0, true}; }
 
  private:
-  static int64_t padded(int64_t cols) { return (cols + W - 1) / W * W; }
+  static int64_t whole(int64_t cols) { return (cols + W - 1) / W * W; }
 };
 
 // Called once for each finished block of C (rows i0.., columns j0..), on the thread that made it, while it is still in cache.
-// The blocks depend on the number of threads, but always begin at a multiple of kBlockColumns. The hook may use slot 0 of the pool's scratch.
+// The blocks depend on the number of threads, but are always whole slivers. The hook may use slot 0 of the pool's scratch.
 struct TileHook {
   void (*run)(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) = nullptr;
   void* ctx = nullptr;
@@ -60,16 +82,11 @@ struct TileHook {
 
 struct GemmOptions {
   bool accumulate = false;        // C += A B instead of C = A B
-  float alpha = 1.f;
   const float* bias = nullptr;    // added to every row, n values
   TileHook hook = {};
 };
 
-// C[m n] (row stride ldc) = alpha * A[m k] B[k n] (+ C) (+ bias).
+// C[m n] (row stride ldc) = A[m k] B[k n] (+ C) (+ bias).
 void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
-
-// The same, to the bit, on the calling thread, for use inside ThreadPool::parallel. `scratch` is gemm_scratch_bytes() bytes, 64-byte aligned.
-size_t gemm_scratch_bytes();
-void gemm_serial(void* scratch, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t ldc, const GemmOptions& options = {});
 
 }  // namespace limbeck::cpu::LIMBECK_ISA

@@ -75,11 +75,12 @@ struct Slopes {
   template <Gate G>
   static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
     const Slopes s = *static_cast<const Slopes*>(ctx);
-    for (int64_t j = j0; j < j0 + cols; j += kBlockColumns) {
-      const int64_t wide = j0 + cols - j < kBlockColumns ? j0 + cols - j : kBlockColumns;
+    const Slivers slivers(s.f);
+    for (int64_t n = slivers.index(j0); slivers.at(n) < j0 + cols; ++n) {
+      const int64_t j = slivers.at(n), wide = slivers.of(n);
       for (int64_t i = i0; i < i0 + rows; ++i) {
         const int64_t first = i * s.f + j;
-        float* const act = s.act ? s.act + s.layout.at(i, j) : nullptr;
+        float* const act = s.act ? s.act + s.layout.at(i, n) : nullptr;
         for_pairs(first, first + wide, [&](int64_t at, auto lanes) {
           const auto gate = lanes.get(s.gate + at), up = lanes.get(s.up + at), d = lanes.get(s.dact + at);
           auto value = gate, slope = gate;

@@ -9,7 +9,8 @@ namespace {
 // then keeps e^z dz/du, which is the gradient but for a factor of its row: no second pass over the logits is needed.
 struct BoundedTile {
   float* z;
-  int64_t ld, slots;
+  int64_t ld;
+  Slivers slivers;
   float* sums;            // [rows slots]
   const int32_t* target;  // [rows]
   float* target_z;        // [rows]
@@ -21,7 +22,7 @@ struct BoundedTile {
     const float inverse = 1.f / t.cap;
     for (int64_t i = i0; i < i0 + rows; ++i)
       if (const int64_t y = t.target[i]; y >= j0 && y < j0 + cols) t.target_z[i] = (tanh(splat(t.z[i * t.ld + y]) * inverse) * t.cap)[0];
-    each_slot(i0, j0, rows, cols, t.slots, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
+    each_slot(i0, j0, rows, cols, t.slivers, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
       float* row = t.z + i * t.ld + j;
       Vec total{};
       each_vec(row, n, [&](int64_t k, int64_t lanes, Vec u) {
@@ -99,8 +100,8 @@ struct CrossEntropy : HeadShape {
   void logits(ThreadPool& threads, const Chunk& chunk) {
     gather(threads, chunk, x, gathered);
     for (int64_t i = 0; i < chunk.count; ++i) target[i] = targets.as<const int32_t>()[chunk.token[i]];
-    BoundedTile fast{z, ld, slots, sums, target, target_z, static_cast<float>(cap), gradient};
-    LogitTile plain{z, ld, slots, tops, sums, nullptr, static_cast<float>(cap), 1.f};
+    BoundedTile fast{z, ld, slivers, sums, target, target_z, static_cast<float>(cap), gradient};
+    LogitTile plain{z, ld, slivers, tops, sums, nullptr, static_cast<float>(cap), 1.f};
     GemmOptions options;
     options.hook = bounded ? fast.hook() : plain.hook();
     gemm(threads, chunk.count, v, c, rows_of(gathered, c), transposed(w.data, c, w.dtype), z, ld, options);

@@ -123,7 +123,8 @@ float crossing(float* p, int64_t n, double mass) {
 // block is hot. What is kept, e^(z/T) dz/du and e^(t/T) dz/du, makes the gradient without another exponential.
 struct ForwardKlTile {
   float *z, *t;  // t holds the teacher's capped logits
-  int64_t ld, slots;
+  int64_t ld;
+  Slivers slivers;
   float *student_sums, *teacher_sums, *ratio_sums, *cold_sums;  // cold_sums: e^z at temperature 1, if wanted
   const int32_t* target;
   float* target_z;
@@ -136,7 +137,7 @@ struct ForwardKlTile {
     if (x.target)
       for (int64_t i = i0; i < i0 + rows; ++i)
         if (const int64_t y = x.target[i]; y >= j0 && y < j0 + cols) x.target_z[i] = (tanh(splat(x.z[i * x.ld + y]) * inverse) * x.cap)[0];
-    each_slot(i0, j0, rows, cols, x.slots, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
+    each_slot(i0, j0, rows, cols, x.slivers, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
       float *zs = x.z + i * x.ld + j, *ts = x.t + i * x.ld + j;
       Vec student{}, teacher{}, ratio{}, cold{};
       each_vec(zs, n, [&](int64_t k, int64_t lanes, Vec u) {
@@ -254,7 +255,7 @@ struct Distill : HeadShape {
   }
 
   void teacher(ThreadPool& threads, const Chunk& chunk) {
-    LogitTile tile{t, ld, slots, teacher_bounded ? nullptr : teacher_tops, fast ? nullptr : teacher_sums, nullptr, static_cast<float>(tcap), inverse_t};
+    LogitTile tile{t, ld, slivers, teacher_bounded ? nullptr : teacher_tops, fast ? nullptr : teacher_sums, nullptr, static_cast<float>(tcap), inverse_t};
     if (tlogits) {
       each_row(threads, chunk.count, [&](int64_t i, int) {
         std::memcpy(t + i * ld, tlogits.as<const float>() + chunk.token[i] * v, static_cast<size_t>(v) * 4);
@@ -273,8 +274,8 @@ struct Distill : HeadShape {
     gather(threads, chunk, x, gathered);
     if (hard)
       for (int64_t i = 0; i < chunk.count; ++i) target[i] = targets.as<const int32_t>()[chunk.token[i]];
-    LogitTile plain{z, ld, slots, student_bounded ? nullptr : tops, sums, cold ? cold_sums : nullptr, static_cast<float>(cap), inverse_t};
-    ForwardKlTile quick{z, t, ld, slots, sums, teacher_sums, tops, cold ? cold_sums : nullptr, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
+    LogitTile plain{z, ld, slivers, student_bounded ? nullptr : tops, sums, cold ? cold_sums : nullptr, static_cast<float>(cap), inverse_t};
+    ForwardKlTile quick{z, t, ld, slivers, sums, teacher_sums, tops, cold ? cold_sums : nullptr, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
     GemmOptions options;
     options.hook = fast ? quick.hook() : plain.hook();
     gemm(threads, chunk.count, v, c, rows_of(gathered, c), transposed(w.data, c, w.dtype), z, ld, options);

@@ -92,8 +92,9 @@ LIMBECK_INLINE void widen_row(const uint8_t* from, float s, int64_t k, float* to
 
 // Rows of the weight that are widened at once: some MiB, so that the product finds them in the cache, and enough to pay for reading x.
 static int64_t rows_at_once(int64_t n, int64_t k) {
-  const int64_t fit = (int64_t{1} << 20) / (k > 0 ? k : 1) / kBlockColumns * kBlockColumns;
-  const int64_t rows = fit < 4 * kBlockColumns ? 4 * kBlockColumns : fit > 512 ? 512 / kBlockColumns * kBlockColumns : fit;
+  constexpr int64_t wide = Slivers::kWidest;
+  const int64_t fit = (int64_t{1} << 20) / (k > 0 ? k : 1) / wide * wide;
+  const int64_t rows = fit < 4 * wide ? 4 * wide : fit > 512 ? 512 / wide * wide : fit;
   return rows < n ? rows : n;
 }
 
