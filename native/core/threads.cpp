@@ -16,7 +16,9 @@ namespace limbeck {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the gap between two kernels, shorter than anyone notices
+// Longer than the gap between two kernels. After it a thread lets others have the core, but stays awake while kernels are likely to
+// follow: on a virtual machine an idle core goes back to the host, and it can take longer than a kernel to return.
+constexpr auto kSpin = std::chrono::microseconds(40), kLinger = std::chrono::microseconds(1000);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,13 +32,14 @@ inline void pause() {
 template <class Ready>
 bool spin(Ready&& ready) {
   if (ready()) return true;
-  const auto end = std::chrono::steady_clock::now() + kSpin;
-  do {
+  const auto start = std::chrono::steady_clock::now();
+  for (auto spent = start - start; spent < kLinger; spent = std::chrono::steady_clock::now() - start) {
+    if (spent >= kSpin) std::this_thread::yield();
     for (int i = 0; i < 16; ++i) {
       pause();
       if (ready()) return true;
     }
-  } while (std::chrono::steady_clock::now() < end);
+  }
   return false;
 }
 
