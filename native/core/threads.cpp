@@ -75,14 +75,21 @@ struct alignas(kLine) Slots {
 
 }  // namespace
 
-// A job is published by writing the ticket: epoch (16 bits), number of claims (24) and next claim (24). A claim is a
-// compare-and-swap that moves `next`, so a worker that comes late finds a ticket without claims left and never touches the job.
-// fn, ctx and the rest are read only while holding a claim, and the caller does not leave before all claims are reported.
+// The tiles of a job are shared out evenly, in order: a thread that takes its own share finds in its cache what it left there in the job
+// before. Who is done with his own takes what is left of the others'.
+//
+// A share is published by writing its ticket: epoch (16 bits), end (24) and next claim (24). A claim is a compare-and-swap that moves
+// `next`, so a worker that comes late finds tickets without claims left and never touches the job. fn, ctx and the rest are read only
+// while holding a claim, and the caller does not leave before all claims are reported.
 struct ThreadPool::State {
   static constexpr int kBits = 24;
   static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
 
-  alignas(kLine) std::atomic<uint64_t> ticket{0};
+  struct alignas(kLine) Share {
+    std::atomic<uint64_t> ticket{0};
+  };
+
+  alignas(kLine) std::atomic<uint64_t> jobs{0};    // published so far
   alignas(kLine) std::atomic<int32_t> pending{0};  // claims of the job that are not reported yet
   alignas(kLine) std::atomic<int32_t> wake{0};     // sleepers wait for a change
   std::atomic<int32_t> sleepers{0};
@@ -98,9 +105,10 @@ struct ThreadPool::State {
   std::mutex error_mutex;
 
   std::vector<Slots> slots;
+  std::vector<Share> shares;
   std::vector<std::thread> workers;
 
-  explicit State(int threads) : slots(static_cast<size_t>(threads)) {
+  explicit State(int threads) : slots(static_cast<size_t>(threads)), shares(static_cast<size_t>(threads)) {
     workers.reserve(static_cast<size_t>(threads) - 1);
     try {
       for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work(i); });
@@ -127,6 +135,13 @@ struct ThreadPool::State {
 
   // Claims and runs tiles until none is left, then reports them at once.
   void drain(int thread) {
+    const size_t count = shares.size();
+    int32_t done = 0;
+    for (size_t i = 0; i < count; ++i) done += drain(shares[(static_cast<size_t>(thread) + i) % count].ticket, thread);
+    if (done != 0 && pending.fetch_sub(done, std::memory_order_acq_rel) == done) pending.notify_one();
+  }
+
+  int32_t drain(std::atomic<uint64_t>& ticket, int thread) {
     int32_t done = 0;
     uint64_t t = ticket.load(std::memory_order_relaxed);
     while (open(t)) {
@@ -148,20 +163,29 @@ struct ThreadPool::State {
       ++done;
       t = ticket.load(std::memory_order_relaxed);
     }
-    if (done != 0 && pending.fetch_sub(done, std::memory_order_acq_rel) == done) pending.notify_one();
+    return done;
+  }
+
+  void publish(int64_t claims) {
+    const uint64_t epoch = (jobs.load(std::memory_order_relaxed) + 1) << (2 * kBits);
+    const int64_t count = static_cast<int64_t>(shares.size());
+    const auto begin = [&](int64_t i) { return static_cast<uint64_t>((claims * i + count - 1) / count); };
+    for (int64_t i = 0; i < count; ++i) shares[static_cast<size_t>(i)].ticket.store(epoch | begin(i + 1) << kBits | begin(i), std::memory_order_release);
+    jobs.fetch_add(1);  // seq_cst: before reading sleepers
   }
 
   void work(int thread) {
-    const auto ready = [this] { return open(ticket.load(std::memory_order_relaxed)) || stop.load(std::memory_order_relaxed); };
-    for (;;) {
+    for (uint64_t seen = 0;;) {
+      const auto ready = [&] { return jobs.load(std::memory_order_acquire) != seen || stop.load(std::memory_order_relaxed); };
       if (!spin(ready)) {
-        const int32_t seen = wake.load();
-        sleepers.fetch_add(1);  // before the last look at the ticket; the caller looks in the opposite order
-        if (!open(ticket.load()) && !stop.load()) wake.wait(seen);
+        const int32_t before = wake.load();
+        sleepers.fetch_add(1);  // before the last look at the jobs; the caller looks in the opposite order
+        if (jobs.load() == seen && !stop.load()) wake.wait(before);
         sleepers.fetch_sub(1);
         continue;
       }
       if (stop.load()) return;
+      seen = jobs.load(std::memory_order_acquire);
       drain(thread);
     }
   }
@@ -195,8 +219,7 @@ void ThreadPool::run(int64_t tiles, Fn fn, void* ctx) {
   s.failed.store(INT64_MAX, std::memory_order_relaxed);
   s.error = nullptr;
   s.pending.store(static_cast<int32_t>(claims), std::memory_order_relaxed);
-  const uint64_t epoch = (s.ticket.load(std::memory_order_relaxed) >> (2 * State::kBits)) + 1;
-  s.ticket.store(epoch << (2 * State::kBits) | static_cast<uint64_t>(claims) << State::kBits);  // seq_cst: before reading sleepers
+  s.publish(claims);
   if (const int32_t asleep = s.sleepers.load(); asleep > 0) {
     s.wake.fetch_add(1);
     if (claims - 1 >= asleep) {

@@ -1,5 +1,6 @@
 // A persistent pool for one engine. The calling thread works too; idle workers spin for some microseconds, then sleep.
-// Tiles are claimed one by one, so a core that is busy elsewhere costs at most the tile it holds.
+// A thread claims the tiles of its own share one by one and then those left of the others', so a core that is busy elsewhere costs at
+// most the tile it holds.
 #pragma once
 #include <cstddef>
 #include <cstdint>
