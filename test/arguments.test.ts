@@ -10,6 +10,8 @@ test.each<[string, unknown[], string]>([
   ['tensor', [{}], 'data is object, expected an array of numbers'],
   ['zeros', [3], 'shape is number, expected a list of sizes'],
   ['empty', [], 'shape is undefined, expected a list of sizes'],
+  ['tensor', [[1], [1], { trainable: true }], 'dtype is object, expected one of f32, bf16'],
+  ['zeros', [[1], 'float32'], "dtype is 'float32', expected one of f32, bf16"],
   ['add', [{}, {}], 'an argument has no handle, expected a tensor'],
   ['add', ['x', 'y'], 'an argument is string, expected a tensor'],
   ['softmax', [null, 1], 'an argument is null, expected a tensor'],

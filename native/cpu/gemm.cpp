@@ -85,7 +85,8 @@ struct Strips {
   explicit Strips(int64_t rows) : count(ceil_div(rows, MR)), height(rows / count), high(rows % count) {}
   int64_t at(int64_t s) const { return s * height + least(s, high); }
   int64_t of(int64_t s) const { return height + (s < high); }
-  // Where a strip lies in a packed block. Rows of less than a vector are stored as a whole one, so that something is left behind the last.
+  // Where a strip lies in a packed block. What is no whole vector is stored as one, and written over by what follows; the room behind is
+  // for the last.
   int64_t packed(int64_t s, int64_t depth) const { return at(s) * whole(depth) + s * W; }
 };
 constexpr int64_t kBlockFloats = kWideMC * KC + kWideMC / MR * W;
@@ -125,16 +126,16 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
         }
       }
     } else {
-      for (int64_t p0 = 0; p0 < depth; p0 += kTogether) {
-        const int64_t until = least(depth, p0 + kTogether);
+      for (int64_t first = 0; first < depth; first += kTogether) {
+        const int64_t until = least(depth, first + kTogether);
         for (int64_t s = 0; s < strips.count; ++s) {
           const int64_t i = strips.at(s), height = strips.of(s);
-          int64_t from = at + p0 * a.col_stride + i;
-          float* d = dst + strips.packed(s, depth) + p0 * height;
+          int64_t from = at + first * a.col_stride + i;
+          float* d = dst + strips.packed(s, depth) + first * height;
           const auto copy = [&](auto load_at) {
-            for (int64_t p = p0; p < until; ++p, from += a.col_stride, d += height) {
+            for (int64_t p = first; p < until; ++p, from += a.col_stride, d += height) {
               source.fetch(from + kPackAhead * a.col_stride);
-              for (int64_t l = 0; l < (MR + W - 1) / W * W; l += W) store(d + l, load_at(l));
+              for (int64_t l = 0; l < whole(MR); l += W) store(d + l, load_at(l));
             }
           };
           if (i + whole(MR) <= rows) copy([&](int64_t l) { return source(from + l); });

@@ -24,6 +24,16 @@ export function checkNumbers(op: string, argument: string, value: unknown, expec
     refuse(op, argument, value, expected);
 }
 
+/** @throws ConfigError `ERR_ARGUMENT` for what is none of the `choices` */
+export function checkChoice(op: string, argument: string, value: unknown, choices: readonly string[]): void {
+  if (choices.includes(value as string)) return;
+  const actual = typeof value === 'string' ? `'${value}'` : value === null ? 'null' : typeof value;
+  const expected = `one of ${choices.join(', ')}`;
+  throw new ConfigError(`${op}: ${argument} is ${actual}, expected ${expected}`, {
+    ...{ code: 'ERR_ARGUMENT', op, argument, expected, actual },
+  });
+}
+
 /** @throws ConfigError `ERR_ARGUMENT` for what is no object, or one without the `fields` */
 export function checkObject(op: string, argument: string, value: unknown, expected: string, ...fields: readonly string[]): void {
   if (typeof value !== 'object' || value === null) refuse(op, argument, value, expected);

@@ -1,4 +1,4 @@
-import { checkNumbers, checkObject } from './argument.ts';
+import { checkChoice, checkNumbers, checkObject } from './argument.ts';
 import { type ArrayOf, arrayTypes, type DataArray, type DType, dtypes } from './dtype.ts';
 import { type Device, deviceNumber, devices, io, native, typed, withDevice } from './engine.ts';
 import { DisposedError, DTypeError, ShapeError } from './errors.ts';
@@ -175,6 +175,7 @@ function dimsToIo(shape: readonly number[]): void {
 /** A tensor with undefined contents. */
 export function empty(shape: readonly number[], dtype: DType = 'f32'): Tensor {
   checkNumbers('empty', 'shape', shape, 'a list of sizes, such as [2, 3]');
+  checkChoice('tensor', 'dtype', dtype, dtypes);
   try {
     const engine = native();
     dimsToIo(shape);
