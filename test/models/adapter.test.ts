@@ -178,8 +178,9 @@ describe.each(Object.entries(kinds))('%s', (name, options) => {
     expect(() => setAdapter(model, adapter)).toThrow(/merged/);
     unmergeAdapter(model, adapter);
     const back = await logits(model);
-    // bf16 weights have 8 bits; logits are up to 3. OLoRA's share is as large as the weights, so that rounding it shows more.
-    const rounding = dtype === 'f32' ? 5e-5 : 0.1;
+    // bf16 weights have 8 bits; logits are up to 3. OLoRA's share is as large as the weights, so that rounding it shows more: over 120
+    // trainings that differ in the last digits 1.1e-5 in the median and 2.3e-5 at most.
+    const rounding = dtype === 'bf16' ? 0.1 : options.init === 'olora' ? 4e-5 : 2e-5;
     expect(largest(merged, applied)).toBeLessThan(rounding);
     expect(largest(back, before)).toBeLessThan(rounding);
     if (dtype === 'f32') expect(largest(merged, before)).toBeGreaterThan(1e-3);
