@@ -1,4 +1,4 @@
-// A persistent pool for one engine. The calling thread works too; idle workers spin for some microseconds, then sleep.
+// A persistent pool for one engine. The calling thread works too; idle workers stay awake for a millisecond, then sleep.
 // A thread claims the tiles of its own share one by one and then those left of the others', so a core that is busy elsewhere costs at
 // most the tile it holds.
 #pragma once

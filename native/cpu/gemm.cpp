@@ -44,7 +44,6 @@ constexpr int kSlot = 1;
 constexpr int64_t kTogether = 8, kPackAhead = 6;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t whole(int64_t n) { return ceil_div(n, W) * W; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // k is cut evenly; a part is at most KC.
@@ -311,7 +310,7 @@ struct Product {
   int64_t block_rows() const { return along_depth(a) ? MC : kWideMC; }
 
   // A packed block of A, rows from i0, by a packed part of B: its slivers [s0, s1), `depth` rows from p0 on.
-  void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t s0, int64_t s1, int64_t p0, int64_t depth, int thread) const {
+  void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t s0, int64_t s1, int64_t p0, int64_t depth) const {
     const Strips strips(rows);
     const bool finished = p0 + depth == k, along = along_depth(a), add = p0 > 0 || options->accumulate;
     const float* const bias = p0 == 0 ? options->bias : nullptr;
@@ -343,12 +342,8 @@ struct Product {
             store_part(to, y, lanes);
           }
       }
-      if (finished) hook(i0, j, rows, wide, thread);
+      if (finished) options->hook(slivers, i0, rows, s, s + 1);
     }
-  }
-
-  void hook(int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) const {
-    if (options->hook.run) options->hook.run(options->hook.ctx, i0, j0, rows, cols, thread);
   }
 
   // k = 0: nothing to add.
@@ -358,7 +353,7 @@ struct Product {
         float& x = c[i * ldc + j];
         x = (options->accumulate ? x : 0.f) + (options->bias ? options->bias[j] : 0.f);
       }
-    hook(0, 0, m, n, 0);
+    options->hook(slivers, 0, m, 0, slivers.count);
   }
 };
 
@@ -415,12 +410,12 @@ void pack(const Product& q, const Panel& x, float* to) {
 }
 
 // Rows [i0, i1), at most a block of them, by a packed panel.
-void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t i0, int64_t i1, int thread) {
+void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t i0, int64_t i1) {
   for (int64_t p = 0; p < x.deep; p += x.part) {
     const int64_t depth = x.depth(p);
-    const float* const b = q.b.packed ? static_cast<const float*>(q.b.data) + (x.d0 + p) * whole(q.n) + q.slivers.at(x.s0) * depth : packs.panel + x.at(p, q.slivers);
+    const float* const b = q.b.packed ? static_cast<const float*>(q.b.data) + Packed(q.k, q.n).at(x.d0 + p, x.s0) : packs.panel + x.at(p, q.slivers);
     pack_a(q.a, i0, i1 - i0, x.d0 + p, depth, packs.block);
-    q.block(packs.block, i0, i1 - i0, b, x.s0, x.s1, x.d0 + p, depth, thread);
+    q.block(packs.block, i0, i1 - i0, b, x.s0, x.s1, x.d0 + p, depth);
   }
 }
 
@@ -438,7 +433,7 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
         const Packs packs(threads, thread, floats);
         if (!q.b.packed && holds[static_cast<size_t>(thread)] != number) pack(q, panel, packs.panel);
         holds[static_cast<size_t>(thread)] = number;
-        multiply_rows(q, panel, packs, q.m * r / grid.rows, q.m * (r + 1) / grid.rows, thread);
+        multiply_rows(q, panel, packs, q.m * r / grid.rows, q.m * (r + 1) / grid.rows);
       });
     }
   }
@@ -453,7 +448,7 @@ void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
     for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(grid.part, q.k - d0), grid.part};
       if (!q.b.packed) pack(q, panel, packs.panel);
-      for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks, thread);
+      for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks);
     }
   });
 }
@@ -617,10 +612,9 @@ bool vendor(const Product& q) {
 
 }  // namespace
 
-Packed::Packed(int64_t k, int64_t n) : k(k), n(n), part(k > 0 ? part_of(k) : 1) {}
+Packed::Packed(int64_t k, int64_t n) : k(k), part(k > 0 ? part_of(k) : 1), slivers(n) {}
 void Packed::pack(ThreadPool& threads, Matrix b, float* to) const {
   constexpr int64_t kGroup = 8;  // slivers of one task
-  const Slivers slivers(n);
   const int64_t groups = ceil_div(slivers.count, kGroup);
   threads.parallel(ceil_div(k, part) * groups, [&](int64_t task, int) {
     const int64_t p = task / groups * part, depth = least(part, k - p), s = task % groups * kGroup;
@@ -640,10 +634,10 @@ void gemm(ThreadPool& threads, int64_t m, int64_t n, int64_t k, Matrix a, Matrix
     // A task reads some 64 KB of B; dot products can be cut finer, so that few columns still share out evenly.
     const Slivers& slivers = product.slivers;
     const int64_t unit = b.row_stride == 1 ? 1 : 2, each = ceil_div(least(n, (int64_t{1} << 14) / k + 1), unit * NR) * unit;
-    threads.parallel(ceil_div(slivers.count, each), [&](int64_t task, int thread) {
-      const int64_t j0 = slivers.at(task * each), j1 = slivers.at(least(slivers.count, (task + 1) * each));
-      few(product, rows, lda, j0, j1);
-      product.hook(0, j0, m, j1 - j0, thread);
+    threads.parallel(ceil_div(slivers.count, each), [&](int64_t task, int) {
+      const int64_t s0 = task * each, s1 = least(slivers.count, s0 + each);
+      few(product, rows, lda, slivers.at(s0), slivers.at(s1));
+      options.hook(slivers, 0, m, s0, s1);
     });
     return;
   }

@@ -29,6 +29,9 @@ constexpr int64_t kBlockVectors = 3;
 constexpr int64_t kBlockVectors = 2;
 #endif
 
+// Columns filled up to whole vectors.
+constexpr int64_t whole(int64_t cols) { return (cols + W - 1) / W * W; }
+
 // How the columns of B and C are cut: into slivers of kBlockVectors vectors. The last two share what is left evenly, because a narrow
 // one reads as much of A as a wide one and multiplies less.
 struct Slivers {
@@ -40,44 +43,47 @@ struct Slivers {
   int64_t at(int64_t s) const {
     if (s >= count) return cols;
     if (s == 0 || s + 1 < count) return s * kWidest;
-    const int64_t before = (s - 1) * kWidest, vectors = (cols - before + W - 1) / W;
+    const int64_t before = (s - 1) * kWidest, vectors = whole(cols - before) / W;
     return before + (vectors + 1) / 2 * W;
   }
   int64_t of(int64_t s) const { return at(s + 1) - at(s); }
-  // The sliver that holds column j.
-  int64_t index(int64_t j) const {
-    const int64_t s = j / kWidest;
-    return s + 2 == count && j >= at(s + 1) ? s + 1 : s;
-  }
 };
 
 // B [k n] as gemm() reads it: packed once for several products, or written where it is made. Parts of k, in each of them slivers, in each
 // of them rows; the last sliver is padded to whole vectors, which must be zero or finite.
 struct Packed {
-  int64_t k, n, part;
+  int64_t k, part;
+  Slivers slivers;
   Packed(int64_t k, int64_t n);
-  int64_t floats() const { return k * whole(n); }
+  int64_t floats() const { return k * whole(slivers.cols); }
   // Row p of sliver s.
   int64_t at(int64_t p, int64_t s) const {
-    const Slivers slivers(n);
     const int64_t first = p / part * part, depth = k - first < part ? k - first : part;
-    return first * whole(n) + slivers.at(s) * depth + (p - first) * whole(slivers.of(s));
+    return first * whole(slivers.cols) + slivers.at(s) * depth + (p - first) * whole(slivers.of(s));
   }
   void pack(ThreadPool& threads, Matrix b, float* to) const;
   static Matrix matrix(const float* p) { return {p, 0, 0, DType::f32, nullptr, 0, true}; }
-
- private:
-  static int64_t whole(int64_t cols) { return (cols + W - 1) / W * W; }
 };
 
-// Called once for each finished block of C (rows i0.., columns j0..), on the thread that made it, while it is still in cache.
-// The blocks depend on the number of threads, but are always whole slivers. The hook may use slot 0 of the pool's scratch.
+// Rows of one sliver of C.
+struct Block {
+  int64_t i0, rows, sliver, j0, cols;
+};
+
+// Called once for each finished block of C, on the thread that made it, while it is still in cache. How many rows are in a block depends on
+// the number of threads.
 struct TileHook {
-  void (*run)(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int thread) = nullptr;
+  void (*run)(void* ctx, const Block& block) = nullptr;
   void* ctx = nullptr;
   // Matrices of C's shape and stride that the hook reads or writes: their lines are fetched while the block is multiplied.
   static constexpr int kBeside = 3;
   const float* beside[kBeside] = {};
+
+  // Slivers [s0, s1) of some rows are finished.
+  void operator()(const Slivers& slivers, int64_t i0, int64_t rows, int64_t s0, int64_t s1) const {
+    if (run)
+      for (int64_t s = s0; s < s1; ++s) run(ctx, {i0, rows, s, slivers.at(s), slivers.of(s)});
+  }
 };
 
 struct GemmOptions {

@@ -73,23 +73,19 @@ struct Slopes {
   Packed layout;
 
   template <Gate G>
-  static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
+  static void run(void* ctx, const Block& block) {
     const Slopes s = *static_cast<const Slopes*>(ctx);
-    const Slivers slivers(s.f);
-    for (int64_t n = slivers.index(j0); slivers.at(n) < j0 + cols; ++n) {
-      const int64_t j = slivers.at(n), wide = slivers.of(n);
-      for (int64_t i = i0; i < i0 + rows; ++i) {
-        const int64_t first = i * s.f + j;
-        float* const act = s.act ? s.act + s.layout.at(i, n) : nullptr;
-        for_pairs(first, first + wide, [&](int64_t at, auto lanes) {
-          const auto gate = lanes.get(s.gate + at), up = lanes.get(s.up + at), d = lanes.get(s.dact + at);
-          auto value = gate, slope = gate;
-          gate_slope<G>(gate, value, slope);
-          if (act) store(act + at - first, value * up);
-          if (s.dgate) lanes.put(s.dgate + at, d * up * slope);
-          if (s.dup) lanes.put(s.dup + at, d * value);
-        });
-      }
+    for (int64_t i = block.i0; i < block.i0 + block.rows; ++i) {
+      const int64_t first = i * s.f + block.j0;
+      float* const act = s.act ? s.act + s.layout.at(i, block.sliver) : nullptr;
+      for_pairs(first, first + block.cols, [&](int64_t at, auto lanes) {
+        const auto gate = lanes.get(s.gate + at), up = lanes.get(s.up + at), d = lanes.get(s.dact + at);
+        auto value = gate, slope = gate;
+        gate_slope<G>(gate, value, slope);
+        if (act) store(act + at - first, value * up);
+        if (s.dgate) lanes.put(s.dgate + at, d * up * slope);
+        if (s.dup) lanes.put(s.dup + at, d * value);
+      });
     }
   }
 };

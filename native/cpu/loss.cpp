@@ -9,30 +9,28 @@ namespace {
 // then keeps e^z dz/du, which is the gradient but for a factor of its row: no second pass over the logits is needed.
 struct BoundedTile {
   float* z;
-  int64_t ld;
-  Slivers slivers;
+  int64_t ld, slots;
   float* sums;            // [rows slots]
   const int32_t* target;  // [rows]
   float* target_z;        // [rows]
   float cap;
   bool gradient;
 
-  static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
+  static void run(void* ctx, const Block& b) {
     const BoundedTile& t = *static_cast<const BoundedTile*>(ctx);
     const float inverse = 1.f / t.cap;
-    for (int64_t i = i0; i < i0 + rows; ++i)
-      if (const int64_t y = t.target[i]; y >= j0 && y < j0 + cols) t.target_z[i] = (tanh(splat(t.z[i * t.ld + y]) * inverse) * t.cap)[0];
-    each_slot(i0, j0, rows, cols, t.slivers, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
-      float* row = t.z + i * t.ld + j;
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
+      if (const int64_t y = t.target[i]; y >= b.j0 && y < b.j0 + b.cols) t.target_z[i] = (tanh(splat(t.z[i * t.ld + y]) * inverse) * t.cap)[0];
+      float* row = t.z + i * t.ld + b.j0;
       Vec total{};
-      each_vec(row, n, [&](int64_t k, int64_t lanes, Vec u) {
+      each_vec(row, b.cols, [&](int64_t k, int64_t lanes, Vec u) {
         const Vec s = tanh(u * inverse);
         const Vec e = exp_inside(s * t.cap);
         total += keep(e, lanes);
         if (t.gradient) put(row + k, e - e * s * s, lanes);
       });
-      t.sums[slot] = sum(total);
-    });
+      t.sums[i * t.slots + b.sliver] = sum(total);
+    }
   }
   TileHook hook() { return {run, this}; }
 };
@@ -100,8 +98,8 @@ struct CrossEntropy : HeadShape {
   void logits(ThreadPool& threads, const Chunk& chunk) {
     gather(threads, chunk, x, gathered);
     for (int64_t i = 0; i < chunk.count; ++i) target[i] = targets.as<const int32_t>()[chunk.token[i]];
-    BoundedTile fast{z, ld, slivers, sums, target, target_z, static_cast<float>(cap), gradient};
-    LogitTile plain{z, ld, slivers, tops, sums, nullptr, static_cast<float>(cap), 1.f};
+    BoundedTile fast{z, ld, slots, sums, target, target_z, static_cast<float>(cap), gradient};
+    LogitTile plain{z, ld, slots, tops, sums, nullptr, static_cast<float>(cap), 1.f};
     GemmOptions options;
     options.hook = bounded ? fast.hook() : plain.hook();
     gemm(threads, chunk.count, v, c, rows_of(gathered, c), transposed(w.data, c, w.dtype), z, ld, options);

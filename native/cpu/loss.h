@@ -35,11 +35,9 @@ struct HeadShape {
   int64_t n, c, v;
   int64_t rows;   // tokens in a chunk, at most
   int64_t ld;     // row stride of a chunk's logits: not a power of two, which would let rows fight for the same cache sets
-  // Hooks leave one partial sum for each sliver of columns: whichever blocks there are, the sums do not depend on the number of threads.
-  Slivers slivers;
-  int64_t slots;  // partial sums in a row
+  int64_t slots;  // partial sums in a row: hooks leave one for each sliver, so that they do not depend on the number of threads
 
-  HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]), slivers(v), slots(slivers.count) {
+  HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]), slots(Slivers(v).count) {
     ld = (v + 15) / 16 * 16 + 16;
     // Each chunk reads w twice and adds to all of dw, so it takes up to 512 tokens: as many as 88 MiB of logits hold, or 17 MiB where w and
     // dw stay in the shared cache and the logits should too. Where that is few, 160 MiB for up to 256 tokens.
@@ -155,28 +153,16 @@ inline int64_t row_argmax(const float* row, int64_t n) {
   return -1;
 }
 
-// Calls body(row, first column, columns, slot) for each sliver of a block, row after row.
-template <class Body>
-LIMBECK_INLINE void each_slot(int64_t i0, int64_t j0, int64_t rows, int64_t cols, const Slivers& slivers, Body&& body) {
-  const int64_t first = slivers.index(j0);
-  for (int64_t i = i0; i < i0 + rows; ++i)
-    for (int64_t s = first, j = j0, end; j < j0 + cols; ++s, j = end) {
-      end = slivers.at(s + 1);
-      body(i, j, end - j, i * slivers.count + s);
-    }
-}
-
 // Makes the capped logits of a chunk and, for each sliver, their maximum and the sum of exp((z - maximum) / temperature).
 struct LogitTile {
   float* z;
-  int64_t ld;
-  Slivers slivers;
+  int64_t ld, slots;
   float *tops, *sums, *cold_sums;  // [rows slots]. No tops: the logits are bounded, 0 stands for the maximum. cold_sums: at temperature 1
   float cap, inverse_t;
 
-  static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
+  static void run(void* ctx, const Block& b) {
     const LogitTile& t = *static_cast<const LogitTile*>(ctx);
-    each_slot(i0, j0, rows, cols, t.slivers, [&](int64_t i, int64_t j, int64_t n, int64_t slot) { t.make(t.z + i * t.ld + j, n, slot); });
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) t.make(t.z + i * t.ld + b.j0, b.cols, i * t.slots + b.sliver);
   }
   TileHook hook() { return {run, this}; }
 

@@ -123,24 +123,23 @@ float crossing(float* p, int64_t n, double mass) {
 // block is hot. What is kept, e^(z/T) dz/du and e^(t/T) dz/du, makes the gradient without another exponential.
 struct ForwardKlTile {
   float *z, *t;  // t holds the teacher's capped logits
-  int64_t ld;
-  Slivers slivers;
+  int64_t ld, slots;
   float *student_sums, *teacher_sums, *ratio_sums, *cold_sums;  // cold_sums: e^z at temperature 1, if wanted
   const int32_t* target;
   float* target_z;
   float cap, inverse_t;
   bool gradient;
 
-  static void run(void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
+  static void run(void* ctx, const Block& b) {
     const ForwardKlTile& x = *static_cast<const ForwardKlTile*>(ctx);
     const float inverse = 1.f / x.cap, heat = x.cap * x.inverse_t;
-    if (x.target)
-      for (int64_t i = i0; i < i0 + rows; ++i)
-        if (const int64_t y = x.target[i]; y >= j0 && y < j0 + cols) x.target_z[i] = (tanh(splat(x.z[i * x.ld + y]) * inverse) * x.cap)[0];
-    each_slot(i0, j0, rows, cols, x.slivers, [&](int64_t i, int64_t j, int64_t n, int64_t slot) {
-      float *zs = x.z + i * x.ld + j, *ts = x.t + i * x.ld + j;
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
+      if (const int64_t y = x.target ? x.target[i] : -1; y >= b.j0 && y < b.j0 + b.cols)
+        x.target_z[i] = (tanh(splat(x.z[i * x.ld + y]) * inverse) * x.cap)[0];
+      const int64_t slot = i * x.slots + b.sliver;
+      float *zs = x.z + i * x.ld + b.j0, *ts = x.t + i * x.ld + b.j0;
       Vec student{}, teacher{}, ratio{}, cold{};
-      each_vec(zs, n, [&](int64_t k, int64_t lanes, Vec u) {
+      each_vec(zs, b.cols, [&](int64_t k, int64_t lanes, Vec u) {
         const Vec s = tanh(u * inverse), slope = 1.f - s * s;
         const Vec zt = s * heat, tt = load_upto(ts + k, lanes) * x.inverse_t;
         const Vec ez = keep(exp_inside(zt), lanes), et = keep(exp_inside(tt), lanes);
@@ -157,7 +156,7 @@ struct ForwardKlTile {
       x.teacher_sums[slot] = sum(teacher);
       x.ratio_sums[slot] = sum(ratio);
       if (x.cold_sums) x.cold_sums[slot] = sum(cold);
-    });
+    }
   }
   TileHook hook() { return {run, this}; }
 };
@@ -255,11 +254,11 @@ struct Distill : HeadShape {
   }
 
   void teacher(ThreadPool& threads, const Chunk& chunk) {
-    LogitTile tile{t, ld, slivers, teacher_bounded ? nullptr : teacher_tops, fast ? nullptr : teacher_sums, nullptr, static_cast<float>(tcap), inverse_t};
+    LogitTile tile{t, ld, slots, teacher_bounded ? nullptr : teacher_tops, fast ? nullptr : teacher_sums, nullptr, static_cast<float>(tcap), inverse_t};
     if (tlogits) {
       each_row(threads, chunk.count, [&](int64_t i, int) {
         std::memcpy(t + i * ld, tlogits.as<const float>() + chunk.token[i] * v, static_cast<size_t>(v) * 4);
-        LogitTile::run(&tile, i, 0, 1, v, 0);
+        tile.hook()(Slivers(v), i, 1, 0, slots);
       });
       return;
     }
@@ -274,8 +273,8 @@ struct Distill : HeadShape {
     gather(threads, chunk, x, gathered);
     if (hard)
       for (int64_t i = 0; i < chunk.count; ++i) target[i] = targets.as<const int32_t>()[chunk.token[i]];
-    LogitTile plain{z, ld, slivers, student_bounded ? nullptr : tops, sums, cold ? cold_sums : nullptr, static_cast<float>(cap), inverse_t};
-    ForwardKlTile quick{z, t, ld, slivers, sums, teacher_sums, tops, cold ? cold_sums : nullptr, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
+    LogitTile plain{z, ld, slots, student_bounded ? nullptr : tops, sums, cold ? cold_sums : nullptr, static_cast<float>(cap), inverse_t};
+    ForwardKlTile quick{z, t, ld, slots, sums, teacher_sums, tops, cold ? cold_sums : nullptr, hard ? target : nullptr, target_z, static_cast<float>(cap), inverse_t, gradient};
     GemmOptions options;
     options.hook = fast ? quick.hook() : plain.hook();
     gemm(threads, chunk.count, v, c, rows_of(gathered, c), transposed(w.data, c, w.dtype), z, ld, options);

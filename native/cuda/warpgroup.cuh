@@ -1,5 +1,6 @@
 // Hopper's blocks of three warpgroups: one loads by TMA, the other two multiply by WGMMA, 64 rows at a time.
 #pragma once
+#include "cuda/lanes.cuh"
 #include "cuda/ptx.cuh"
 
 namespace limbeck::cuda {
@@ -21,7 +22,7 @@ __device__ __forceinline__ int warpgroup_of_thread() {
 #ifdef LIMBECK_EMULATE
   return static_cast<int>(threadIdx.x) / 128;
 #else
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // known to be the same in a warp
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);  // known to be the same in a warp
 #endif
 }
 
@@ -34,12 +35,12 @@ __device__ __forceinline__ int thread_column() { return static_cast<int>(threadI
 
 // Sum, maximum over the four threads that share a row.
 __device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 __device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 }  // namespace limbeck::cuda

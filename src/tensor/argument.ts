@@ -1,8 +1,9 @@
 // Arguments that TypeScript refuses, for callers without it: what was expected, instead of what JavaScript could not read.
 import { ConfigError } from './errors.ts';
 
-function refuse(op: string, argument: string, value: unknown, expected: string): never {
-  const actual = value === null ? 'null' : Array.isArray(value) ? 'a list' : typeof value;
+const kindOf = (value: unknown): string => (value === null ? 'null' : Array.isArray(value) ? 'a list' : typeof value);
+
+function refuse(op: string, argument: string, value: unknown, expected: string, actual = kindOf(value)): never {
   throw new ConfigError(`${op}: ${argument} is ${actual}, expected ${expected}`, {
     ...{ code: 'ERR_ARGUMENT', op, argument, expected, actual },
   });
@@ -27,11 +28,7 @@ export function checkNumbers(op: string, argument: string, value: unknown, expec
 /** @throws ConfigError `ERR_ARGUMENT` for what is none of the `choices` */
 export function checkChoice(op: string, argument: string, value: unknown, choices: readonly string[]): void {
   if (choices.includes(value as string)) return;
-  const actual = typeof value === 'string' ? `'${value}'` : value === null ? 'null' : typeof value;
-  const expected = `one of ${choices.join(', ')}`;
-  throw new ConfigError(`${op}: ${argument} is ${actual}, expected ${expected}`, {
-    ...{ code: 'ERR_ARGUMENT', op, argument, expected, actual },
-  });
+  refuse(op, argument, value, `one of ${choices.join(', ')}`, typeof value === 'string' ? `'${value}'` : undefined);
 }
 
 /** @throws ConfigError `ERR_ARGUMENT` for what is no object, or one without the `fields` */

@@ -109,13 +109,13 @@ static void check_product(int64_t m, int64_t n, int64_t k, bool at, bool bt, DTy
   }
   std::vector<std::atomic<int>> seen(static_cast<size_t>(m * n));
   Cover cover{&seen, n};
-  const TileHook hook{[](void* ctx, int64_t i0, int64_t j0, int64_t rows, int64_t cols, int) {
+  const TileHook hook{[](void* ctx, const Block& b) {
                         const Cover& c = *static_cast<Cover*>(ctx);
                         const Slivers slivers(c.n);
-                        CHECK(slivers.at(slivers.index(j0)) == j0 && (j0 + cols == c.n || slivers.at(slivers.index(j0 + cols)) == j0 + cols), "%d..%d is not whole slivers of %d",
-                              static_cast<int>(j0), static_cast<int>(j0 + cols), static_cast<int>(c.n));
-                        for (int64_t i = i0; i < i0 + rows; ++i)
-                          for (int64_t j = j0; j < j0 + cols; ++j) ++(*c.seen)[static_cast<size_t>(i * c.n + j)];
+                        CHECK(b.sliver < slivers.count && b.j0 == slivers.at(b.sliver) && b.cols == slivers.of(b.sliver), "%d..%d is not sliver %d of %d columns",
+                              static_cast<int>(b.j0), static_cast<int>(b.j0 + b.cols), static_cast<int>(b.sliver), static_cast<int>(c.n));
+                        for (int64_t i = b.i0; i < b.i0 + b.rows; ++i)
+                          for (int64_t j = b.j0; j < b.j0 + b.cols; ++j) ++(*c.seen)[static_cast<size_t>(i * c.n + j)];
                       },
                       &cover};
   const GemmOptions options{accumulate, bias ? bv.data() : nullptr, hook};
@@ -193,7 +193,6 @@ TEST(slivers) {
     for (int64_t s = 0; s < slivers.count; ++s) {
       const int64_t wide = slivers.of(s);
       CHECK(wide > 0 && wide <= Slivers::kWidest && slivers.at(s) % W == 0, "%d columns: sliver %d", static_cast<int>(n), static_cast<int>(s));
-      for (int64_t j = slivers.at(s); j < slivers.at(s + 1); ++j) CHECK(slivers.index(j) == s, "%d columns: %d", static_cast<int>(n), static_cast<int>(j));
     }
   }
 }
