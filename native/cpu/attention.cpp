@@ -33,34 +33,17 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 LIMBECK_INLINE Vec at_least(Vec x, float bound) { return max(splat(bound), x); }
 LIMBECK_INLINE Vec at_most(Vec x, float bound) { return min(splat(bound), x); }
 
-// Several vectors that go through the same steps: one alone would wait for each result.
+// tanh to about 2 ulp: far from 0 as a quotient of polynomials, 1 within an ulp beyond 9. As with tanh(), the bits of a lane are its own:
+// what a row does not see may share a vector with it.
 template <int N>
-struct Vecs {
-  Vec v[N];
-};
-template <int N, class Step>
-LIMBECK_INLINE Vecs<N> each(Step step) {
-  Vecs<N> y;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) y.v[i] = step(i);
-  return y;
-}
-// Horner's rule, all vectors a step at a time. Coefficients from the highest power.
-template <int N, class... Rest>
-LIMBECK_INLINE Vecs<N> horner(const Vecs<N>& x, float first, float second, Rest... rest) {
-  Vecs<N> y = each<N>([&](int i) { return x.v[i] * first + second; });
-  ((y = each<N>([&](int i) { return y.v[i] * x.v[i] + rest; })), ...);
-  return y;
-}
-
-// tanh to about 2 ulp, as a quotient of polynomials: 1 within an ulp beyond 9, and no select for NaN.
-template <int N>
-LIMBECK_INLINE Vecs<N> soft(Vecs<N> x) {
-  x = each<N>([&](int i) { return at_most(at_least(x.v[i], -9.f), 9.f); });
-  const Vecs<N> x2 = each<N>([&](int i) { return x.v[i] * x.v[i]; });
+LIMBECK_INLINE Vecs<N> soft(const Vecs<N>& in) {
+  const Vecs<N> near = tanh_near(in);
+  if (all_within(in, kTanhNear)) return near;
+  const Vecs<N> x = each<N>([&](int i) { return at_most(at_least(in.v[i], -9.f), 9.f); });
+  const Vecs<N> x2 = x * x;
   const Vecs<N> p = horner(x2, 1.3354654e-8f, 2.0609076e-5f, 3.4955877e-3f, 1.3381025e-1f, 0.99999998f);
   const Vecs<N> q = horner(x2, 7.7765551e-7f, 3.2856342e-4f, 2.5876981e-2f, 4.6714341e-1f, 1.f);
-  return each<N>([&](int i) { return x.v[i] * p.v[i] / q.v[i]; });
+  return each<N>([&](int i) { return max(in.v[i], -in.v[i]) > kTanhNear ? x.v[i] * p.v[i] / q.v[i] : near.v[i]; });
 }
 
 // 2^(x f) for |x f| <= 126. The product is never rounded: it is reduced by fused multiply-add.

@@ -4,10 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX2__)
-#include <immintrin.h>  // for masked access only, which vector extensions cannot say
+#include <immintrin.h>  // for what vector extensions cannot say: masked access, minimum and maximum, a question about all lanes
 #endif
 
 #if defined(__AVX512F__)
@@ -86,24 +83,77 @@ LIMBECK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 LIMBECK_INLINE Vec clamp(Vec x, float low, float high) { return min(max(x, splat(low)), splat(high)); }  // NaN gives low
 
-// Two vectors in step: chains of dependent operations then hide half of each other's latency.
-struct Pair {
-  Vec a, b;
+// Vectors in step: chains of dependent operations then hide each other's latency.
+template <int N>
+struct Vecs {
+  Vec v[N];
 };
-LIMBECK_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-LIMBECK_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
-LIMBECK_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-LIMBECK_INLINE Pair operator+(Pair x, float y) { return {x.a + y, x.b + y}; }
-LIMBECK_INLINE Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
-LIMBECK_INLINE Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
-LIMBECK_INLINE Pair operator+(float x, Pair y) { return {x + y.a, x + y.b}; }
-LIMBECK_INLINE Pair operator-(float x, Pair y) { return {x - y.a, x - y.b}; }
-LIMBECK_INLINE Pair operator/(float x, Pair y) { return {x / y.a, x / y.b}; }
-LIMBECK_INLINE Pair operator-(Pair x) { return {-x.a, -x.b}; }
-LIMBECK_INLINE Pair clamp(Pair x, float low, float high) { return {clamp(x.a, low, high), clamp(x.b, low, high)}; }
-LIMBECK_INLINE void store(float* p, Pair x) {
-  store(p, x.a);
-  store(p + W, x.b);
+using Pair = Vecs<2>;
+template <int N, class Step>
+LIMBECK_INLINE Vecs<N> each(Step step) {
+  Vecs<N> y;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) y.v[i] = step(i);
+  return y;
+}
+#define LIMBECK_EACH(op)                                                                                      \
+  template <int N>                                                                                            \
+  LIMBECK_INLINE Vecs<N> operator op(const Vecs<N>& x, const Vecs<N>& y) {                                    \
+    return each<N>([&](int i) { return x.v[i] op y.v[i]; });                                                  \
+  }                                                                                                           \
+  template <int N>                                                                                            \
+  LIMBECK_INLINE Vecs<N> operator op(const Vecs<N>& x, float y) {                                             \
+    return each<N>([&](int i) { return x.v[i] op y; });                                                       \
+  }                                                                                                           \
+  template <int N>                                                                                            \
+  LIMBECK_INLINE Vecs<N> operator op(float x, const Vecs<N>& y) {                                             \
+    return each<N>([&](int i) { return x op y.v[i]; });                                                       \
+  }
+LIMBECK_EACH(+)
+LIMBECK_EACH(-)
+LIMBECK_EACH(*)
+LIMBECK_EACH(/)
+#undef LIMBECK_EACH
+template <int N>
+LIMBECK_INLINE Vecs<N> operator-(const Vecs<N>& x) {
+  return each<N>([&](int i) { return -x.v[i]; });
+}
+template <int N>
+LIMBECK_INLINE Vecs<N> clamp(const Vecs<N>& x, float low, float high) {
+  return each<N>([&](int i) { return clamp(x.v[i], low, high); });
+}
+template <int N>
+LIMBECK_INLINE void store(float* p, const Vecs<N>& x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) store(p + i * W, x.v[i]);
+}
+
+// Whether |x| <= bound in all lanes of all vectors; NaN is not. Sizes are compared as integers, above which are those of NaN.
+template <int N>
+LIMBECK_INLINE bool all_within(const Vecs<N>& x, float bound) {
+  const auto size = [](Vec v) { return (IVec)v & 0x7fffffff; };
+  IVec top = size(x.v[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) top = size(x.v[i]) > top ? size(x.v[i]) : top;
+  const IVec limit = (IVec)splat(bound);
+#if defined(__AVX512F__)
+  return _mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)limit) == 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi32((__m256i)top, (__m256i)limit)) == 0;
+#else
+  bool yes = true;
+  for (int i = 0; i < W; ++i) yes &= top[i] <= limit[i];
+  return yes;
+#endif
+}
+LIMBECK_INLINE bool all_within(Vec x, float bound) { return all_within(Vecs<1>{{x}}, bound); }
+
+// Horner's rule, coefficients from the highest power.
+template <class T, class... Rest>
+LIMBECK_INLINE T horner(const T& x, float first, float second, Rest... rest) {
+  T y = x * first + second;
+  ((y = y * x + rest), ...);
+  return y;
 }
 
 LIMBECK_INLINE float sum(Vec v) {
@@ -166,9 +216,12 @@ LIMBECK_INLINE void transpose(Vec (&v)[LIMBECK_WIDTH]) {
 
 // 2^n from the bits of n + 1.5 * 2^23.
 LIMBECK_INLINE Vec power_of(Vec t) { return (Vec)(((IVec)t << 23) + 0x3f800000); }
-LIMBECK_INLINE Pair power_of(Pair t) { return {power_of(t.a), power_of(t.b)}; }
+template <int N>
+LIMBECK_INLINE Vecs<N> power_of(const Vecs<N>& t) {
+  return each<N>([&](int i) { return power_of(t.v[i]); });
+}
 
-// e^x to about 1 ulp, for x known to lie in [-87, 88]: a Vec or a Pair. NaN stays NaN.
+// e^x to about 1 ulp, for x known to lie in [-87, 88]: a Vec or Vecs. NaN stays NaN.
 template <class T>
 LIMBECK_INLINE T exp_inside(T x) {
   constexpr float magic = 12582912.f;  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
@@ -176,12 +229,8 @@ LIMBECK_INLINE T exp_inside(T x) {
   const T n = t - magic;
   T r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  T p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+  const T p = horner(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f)
+              * (r * r) + r + 1.f;
   return p * power_of(t);
 }
 // The same for any x: 0 below -87, saturates near 2^127 above 88.
@@ -190,22 +239,24 @@ LIMBECK_INLINE Vec exp(Vec x) {
   return x == x ? y : x;
 }
 
-// tanh to about 5 ulp (3e-7 relative; odd rational approximation, exact sign, saturates at |x| > 7.9). NaN stays NaN.
+// tanh to 1.5 ulp for |x| <= kTanhNear, where the arguments of soft caps nearly always are: an odd polynomial. A Vec or Vecs. NaN stays NaN.
+constexpr float kTanhNear = 0.7f;
+template <class T>
+LIMBECK_INLINE T tanh_near(const T& x) {
+  return x * horner(x * x, -5.0883359e-3f, 2.0024458e-2f, -5.3526009e-2f, 1.3328415e-1f, -3.3333130e-1f, 1.f);
+}
+// For any x to about 5 ulp (3e-7 relative; beyond kTanhNear an odd rational approximation, which saturates at 7.9). NaN stays NaN. What
+// the other lanes hold decides what is computed, never the bits of this one.
 LIMBECK_INLINE Vec tanh(Vec x) {
+  if (all_within(x, kTanhNear)) return tanh_near(x);
   const Vec in = x;
   x = min(max(x, splat(-7.90531110763549805f)), splat(7.90531110763549805f));
   const Vec x2 = x * x;
-  Vec p = x2 * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  p = p * x2 + -8.60467152213735e-11f;
-  p = p * x2 + 5.12229709037114e-08f;
-  p = p * x2 + 1.48572235717979e-05f;
-  p = p * x2 + 6.37261928875436e-04f;
-  p = p * x2 + 4.89352455891786e-03f;
-  Vec q = x2 * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  q = q * x2 + 2.26843463243900e-03f;
-  q = q * x2 + 4.89352518554385e-03f;
+  const Vec p = horner(x2, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f, 1.48572235717979e-05f,
+                       6.37261928875436e-04f, 4.89352455891786e-03f);
+  const Vec q = horner(x2, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
   const Vec y = x * p / q;
-  return max(in, -in) >= 4e-4f ? y : in;  // x itself where x * p might be subnormal; NaN too
+  return max(in, -in) > kTanhNear ? y : tanh_near(in);
 }
 
 // Natural logarithm to about 1 ulp, subnormal numbers included: -inf at 0, NaN below.
@@ -216,14 +267,8 @@ LIMBECK_INLINE Vec log(Vec x) {
   const IVec e = ((IVec)x - 0x3f3504f3) >> 23;  // x = 2^e m, m in [sqrt 1/2, sqrt 2)
   const Vec f = (Vec)((IVec)x - (e << 23)) - 1.f;
   const Vec n = __builtin_convertvector(e, Vec) - (tiny ? splat(23.f) : Vec{});
-  Vec p = f * 7.0376836292e-2f + -1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f + -1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f + -1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f + -2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
+  const Vec p = horner(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                       2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
   const Vec f2 = f * f;
   Vec y = p * (f2 * f) + n * -2.12194440e-4f;
   y = f - (f2 * 0.5f - y) + n * 0.693359375f;

@@ -20,7 +20,7 @@ double worst_ulp(F f, G exact, Inside inside, float& where) {
     for (int i = 0; i < W; ++i) {
       const uint32_t bits = static_cast<uint32_t>(u + static_cast<uint64_t>(i) * 997);
       std::memcpy(&x[i], &bits, 4);
-      if (!inside(x[i])) x[i] = 1.f;
+      if (!inside(x[i])) x[i] = 0.5f;
     }
     store(y, f(load(x)));
     for (int i = 0; i < W; ++i) {
@@ -43,6 +43,14 @@ float at(F f, float x) {
 constexpr float inf = std::numeric_limits<float>::infinity();
 const auto e_ = [](Vec x) { return exp(x); };
 const auto t_ = [](Vec x) { return tanh(x); };
+// The same next to a lane that is far from 0: then the polynomial for small arguments serves nobody.
+const auto far_ = [](Vec x) {
+  Vec y = x;
+  y[0] = 3;
+  y = tanh(y);
+  y[0] = tanh(x)[0];
+  return y;
+};
 const auto l_ = [](Vec x) { return log(x); };
 
 }  // namespace
@@ -65,12 +73,39 @@ TEST(tanh_is_exact_to_six_ulp) {
   const double worst =
       worst_ulp(t_, [](double x) { return std::tanh(x); }, [](float x) { return std::isfinite(x); }, where);
   CHECK(worst < 6, "%g ulp at %g", worst, static_cast<double>(where));
+  const double beside = worst_ulp(far_, [](double x) { return std::tanh(x); }, [](float x) { return std::isfinite(x); }, where);
+  CHECK(beside < 6, "%g ulp at %g", beside, static_cast<double>(where));
+  const double near = worst_ulp(t_, [](double x) { return std::tanh(x); }, [](float x) { return std::fabs(x) <= kTanhNear; }, where);
+  CHECK(near < 2.5, "%g ulp at %g", near, static_cast<double>(where));
   CHECK(std::isnan(at(t_, NAN)));
   // Saturation is within 6 ulp too, and never beyond 1: a soft cap stays a cap.
   CHECK(at(t_, inf) <= 1 && at(t_, inf) > 1 - 3.6e-7f);
   CHECK(at(t_, -inf) == -at(t_, inf));
   CHECK(at(t_, 0.f) == 0);
   CHECK(std::signbit(at(t_, -0.f)));
+}
+
+TEST(all_within_is_no_for_nan) {
+  for (int i = 0; i < 3 * W; ++i) {
+    Vecs<3> x = each<3>([](int) { return splat(-0.5f); });
+    CHECK(all_within(x, 0.5f));
+    for (float odd : {0.6f, -0.6f, inf, -inf, NAN, -NAN}) {
+      x.v[i / W][i % W] = odd;
+      CHECK(!all_within(x, 0.5f), "%g in lane %d", static_cast<double>(odd), i);
+      x.v[(i / W + 1) % 3][i % W] = NAN;  // hides nothing
+      CHECK(!all_within(x, 0.5f), "%g beside NaN in lane %d", static_cast<double>(odd), i);
+      x.v[(i / W + 1) % 3][i % W] = 0;
+    }
+  }
+}
+
+TEST(tanh_has_the_same_bits_whatever_the_other_lanes_hold) {
+  for (float x = -0.8f; x < 0.8f; x += 1e-4f)
+    for (float other : {3.f, NAN, inf}) {
+      Vec beside = splat(x);
+      beside[0] = other;
+      CHECK(tanh(beside)[W - 1] == at(t_, x), "%g beside %g", static_cast<double>(x), static_cast<double>(other));
+    }
 }
 
 TEST(log_is_exact_to_two_ulp) {
