@@ -29,23 +29,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Clamps that keep NaN: min and max take their second operand then.
-LIMBECK_INLINE Vec at_least(Vec x, float bound) { return max(splat(bound), x); }
-LIMBECK_INLINE Vec at_most(Vec x, float bound) { return min(splat(bound), x); }
-
-// tanh to about 2 ulp: far from 0 as a quotient of polynomials, 1 within an ulp beyond 9. As with tanh(), the bits of a lane are its own:
-// what a row does not see may share a vector with it.
-template <int N>
-LIMBECK_INLINE Vecs<N> soft(const Vecs<N>& in) {
-  const Vecs<N> near = tanh_near(in);
-  if (all_within(in, kTanhNear)) return near;
-  const Vecs<N> x = each<N>([&](int i) { return at_most(at_least(in.v[i], -9.f), 9.f); });
-  const Vecs<N> x2 = x * x;
-  const Vecs<N> p = horner(x2, 1.3354654e-8f, 2.0609076e-5f, 3.4955877e-3f, 1.3381025e-1f, 0.99999998f);
-  const Vecs<N> q = horner(x2, 7.7765551e-7f, 3.2856342e-4f, 2.5876981e-2f, 4.6714341e-1f, 1.f);
-  return each<N>([&](int i) { return max(in.v[i], -in.v[i]) > kTanhNear ? x.v[i] * p.v[i] / q.v[i] : near.v[i]; });
-}
-
 // 2^(x f) for |x f| <= 126. The product is never rounded: it is reduced by fused multiply-add.
 template <int N>
 LIMBECK_INLINE Vecs<N> exp2_of(const Vecs<N>& x, Vec f) {
@@ -53,12 +36,12 @@ LIMBECK_INLINE Vecs<N> exp2_of(const Vecs<N>& x, Vec f) {
   const Vecs<N> t = each<N>([&](int i) { return x.v[i] * f + magic; });
   const Vecs<N> r = each<N>([&](int i) { return x.v[i] * f - (t.v[i] - magic); });
   const Vecs<N> p = horner(r, 1.32647e-3f, 9.67151e-3f, 5.550734e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f);
-  return each<N>([&](int i) { return p.v[i] * (Vec)(((UVec)t.v[i] << 23) + 0x3f800000u); });
+  return p * power_of(t);
 }
-// 2^x for x <= 126; 0 below -126.
+// 2^x for x <= 126; 0 below -126. NaN, the second operand of max, stays NaN.
 template <int N>
 LIMBECK_INLINE Vecs<N> exp2_down(const Vecs<N>& x) {
-  const Vecs<N> y = exp2_of(each<N>([&](int i) { return at_least(x.v[i], -126.f); }), splat(1.f));
+  const Vecs<N> y = exp2_of(each<N>([&](int i) { return max(splat(-126.f), x.v[i]); }), splat(1.f));
   return each<N>([&](int i) { return x.v[i] < -126.f ? Vec{} : y.v[i]; });
 }
 LIMBECK_INLINE Vec exp2_down(Vec x) { return exp2_down(Vecs<1>{{x}}).v[0]; }
@@ -424,7 +407,7 @@ void weigh_direct(const Problem& p, const Rows& rows, const Span& span, int64_t 
   over(span, [&](int64_t key, auto keys, auto masked) __attribute__((always_inline)) {
     constexpr int N = keys;
     float* at = scores + key * BQ + lane;
-    auto w = exp2_of(soft(load_keys<N>(at)), factor);
+    auto w = exp2_of(tanh(load_keys<N>(at)), factor);
     if constexpr (masked) w = mask.keep(key, w, 0.f);
     store_keys(at, w);
     for (int i = 0; i < 2 * N; i += 2) sum0 += w.v[i], sum1 += w.v[i + 1];
@@ -446,7 +429,7 @@ void weigh_online(const Problem& p, const Rows& rows, const Span& span, int64_t 
     float* at = scores + key * BQ + lane;
     auto z = load_keys<N>(at);
     if constexpr (Capped) {
-      z = soft(z);
+      z = tanh(z);
       z = each<2 * N>([&](int i) { return z.v[i] * factor; });
     }
     if constexpr (masked) z = mask.keep(key, z, -__builtin_inff());
@@ -575,7 +558,7 @@ void decode_part(const Problem& p, int64_t key_at, int64_t count, int64_t q_head
     Vec top = splat(-3.402823466e38f), total{};
     for (int64_t i = 0; i < count; i += W) {
       Vec z = load(x + i) * factor;
-      if (p.capped) z = soft(Vecs<1>{{z}}).v[0] * cap;
+      if (p.capped) z = tanh(z) * cap;
       store(x + i, z);
       top = max(z, top);
     }
@@ -788,7 +771,7 @@ void differentiate(const Problem& p, const Rows& rows, const Span& span, int64_t
     constexpr int N = keys;
     float *at = scores + key * BQ + lane, *dat = products + key * BQ + lane;
     auto z = load_keys<N>(at), dz = load_keys<N>(dat), w = z;
-    if constexpr (Capped) z = soft(z);
+    if constexpr (Capped) z = tanh(z);
     if constexpr (Direct) {
       w = exp2_of(z, factor);
       w = each<2 * N>([&](int i) { return w.v[i] * n[i % 2]; });

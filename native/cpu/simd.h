@@ -247,17 +247,17 @@ LIMBECK_INLINE T tanh_near(const T& x) {
 }
 // For any x to about 5 ulp (3e-7 relative; beyond kTanhNear an odd rational approximation, which saturates at 7.9). NaN stays NaN. What
 // the other lanes hold decides what is computed, never the bits of this one.
-LIMBECK_INLINE Vec tanh(Vec x) {
-  if (all_within(x, kTanhNear)) return tanh_near(x);
-  const Vec in = x;
-  x = min(max(x, splat(-7.90531110763549805f)), splat(7.90531110763549805f));
-  const Vec x2 = x * x;
-  const Vec p = horner(x2, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f, 1.48572235717979e-05f,
-                       6.37261928875436e-04f, 4.89352455891786e-03f);
-  const Vec q = horner(x2, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
-  const Vec y = x * p / q;
-  return max(in, -in) > kTanhNear ? y : tanh_near(in);
+template <int N>
+LIMBECK_INLINE Vecs<N> tanh(const Vecs<N>& x) {
+  const Vecs<N> near = tanh_near(x);
+  if (all_within(x, kTanhNear)) return near;
+  const Vecs<N> c = clamp(x, -7.90531110763549805f, 7.90531110763549805f), u = c * c;
+  const Vecs<N> p = horner(u, -2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f);
+  const Vecs<N> q = horner(u, 1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f);
+  return each<N>([&](int i) { return max(x.v[i], -x.v[i]) > kTanhNear ? c.v[i] * p.v[i] / q.v[i] : near.v[i]; });
 }
+LIMBECK_INLINE Vec tanh(Vec x) { return tanh(Vecs<1>{{x}}).v[0]; }
 
 // Natural logarithm to about 1 ulp, subnormal numbers included: -inf at 0, NaN below.
 LIMBECK_INLINE Vec log(Vec x) {

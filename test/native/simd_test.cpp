@@ -43,7 +43,7 @@ float at(F f, float x) {
 constexpr float inf = std::numeric_limits<float>::infinity();
 const auto e_ = [](Vec x) { return exp(x); };
 const auto t_ = [](Vec x) { return tanh(x); };
-// The same next to a lane that is far from 0: then the polynomial for small arguments serves nobody.
+// The same next to a lane that is far from 0, which makes all lanes choose.
 const auto far_ = [](Vec x) {
   Vec y = x;
   y[0] = 3;
