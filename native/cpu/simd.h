@@ -146,7 +146,6 @@ LIMBECK_INLINE bool all_within(const Vecs<N>& x, float bound) {
   return yes;
 #endif
 }
-LIMBECK_INLINE bool all_within(Vec x, float bound) { return all_within(Vecs<1>{{x}}, bound); }
 
 // Horner's rule, coefficients from the highest power.
 template <class T, class... Rest>
