@@ -175,11 +175,7 @@ void tile(const float* a, int64_t span, int64_t jump, const float* b, float* c, 
 #pragma GCC unroll 2
       for (int j = 0; j < N; ++j) y[j] = load(b + j * W);
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Vec xi = splat(x[i * AI]);
-#pragma GCC unroll 2
-        for (int j = 0; j < N; ++j) acc[i][j] += xi * y[j];
-      }
+      for (int i = 0; i < M; ++i) add_line(acc[i], y, x + i * AI, i);
     }
   }
 #pragma GCC unroll 16

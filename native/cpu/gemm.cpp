@@ -23,7 +23,7 @@ namespace {
 
 constexpr int NV = kBlockVectors, NR = NV * W;
 #if defined(__AVX512F__)
-constexpr int MR = 9;  // 27 accumulators of 32 registers
+constexpr int MR = 14;  // 28 accumulators of 32 registers
 #elif defined(__aarch64__)
 constexpr int MR = 8;  // 24 of 32
 #else
@@ -31,13 +31,14 @@ constexpr int MR = 6;  // 12 of 16
 #endif
 // A block of A (MC x KC) stays in L2, and a sliver of B (KC x NR) near L1.
 #if defined(__AVX512F__)
-constexpr int64_t KC = 384;
+constexpr int64_t KC = 512;
 #else
 constexpr int64_t KC = 256;
 #endif
-constexpr int64_t MC = 12 * MR;
-constexpr int64_t kWideMC = 28 * MR;  // where rows of A are contiguous: short pieces of far lines come slowly from memory
+constexpr int64_t MC = 6 * MR;
+constexpr int64_t kWideMC = 18 * MR;  // where rows of A are contiguous: short pieces of far lines come slowly from memory
 constexpr int64_t kPanelFloats = int64_t{1} << 18;  // a panel of B in L2: 1 MB
+constexpr int64_t kShares = 4;  // tasks that use one panel, so that threads finish together although cores differ in speed
 constexpr int kSlot = 1;
 // Rows packed together, and rows fetched before they are. Rows whose distance is a multiple of 4 KB share one set of L1, which has 8 ways
 // or more.
@@ -101,27 +102,40 @@ void with_loader(const Matrix& x, Body&& body) {
   else body(LoadF32{static_cast<const float*>(x.data)});
 }
 
-// A is read one number at a time, so that it is copied as it lies and never transposed. A strip is [depth / W][rows][W] where k is
-// contiguous, else [depth][rows].
-bool along_depth(const Matrix& a) { return a.row_stride != 1; }
-
+// A strip is [depth][rows], of which the micro-kernel reads one number at a time. Vectors that are stored may reach into what follows,
+// which is written later.
 void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
   const int64_t at = i0 * a.row_stride + p0 * a.col_stride;
   const Strips strips(rows);
   with_loader(a, [&](auto source) {
-    if (along_depth(a)) {
+    if (a.row_stride != 1) {
+      // Along rows: W x W blocks are transposed in registers.
       constexpr int64_t kAhead = 2;
       for (int64_t s = 0; s < strips.count; ++s) {
-        const int64_t height = strips.of(s);
-        float* d = dst + strips.packed(s, depth);
-        for (int64_t r = 0; r < height; ++r) {
-          const int64_t from = at + (strips.at(s) + r) * a.row_stride;
-          int64_t p = 0;
-          for (; p + W <= depth; p += W) {
-            source.fetch(from + p + kAhead * a.row_stride);
-            store(d + p * height + r * W, source(from + p));
+        const int64_t height = strips.of(s), from = at + strips.at(s) * a.row_stride;
+        float* const d = dst + strips.packed(s, depth);
+        for (int64_t p = 0; p < depth; p += W) {
+          const int64_t n = least(W, depth - p);
+          for (int64_t l = (height - 1) / W * W; l >= 0; l -= W) {  // downwards: what is stored too much is written over
+            Vec v[W];
+#pragma GCC unroll 16
+            for (int r = 0; r < W; ++r) {
+              const int64_t x = from + (l + r) * a.row_stride + p;
+              if (l + r >= height) {
+                v[r] = Vec{};
+                continue;
+              }
+              source.fetch(x + kAhead * W);
+              v[r] = n == W ? source(x) : source.part(x, n);
+            }
+            transpose(v);
+            if (n == W) {
+#pragma GCC unroll 16
+              for (int i = 0; i < W; ++i) store(d + (p + i) * height + l, v[i]);
+            } else {
+              for (int64_t i = 0; i < n; ++i) store(d + (p + i) * height + l, v[i]);
+            }
           }
-          if (p < depth) store(d + p * height + r * W, source.part(from + p, depth - p));
         }
       }
     } else {
@@ -221,10 +235,10 @@ struct Tile {
   const float* fetch[1 + TileHook::kBeside];
 };
 
-// A strip is [depth / W][R][W] if Along, else [depth][R]. It comes from L2, as B does where depth is large: both are fetched some steps
-// ahead. C and what lies beside it come from farther away: a row for each W steps, since many at once would hold up the loads of A and B.
-// Nothing but whole vectors here: with anything more, compilers spill the accumulators.
-template <int R, int V, bool Along>
+// A strip and a sliver come from L2 as they are used and are fetched some steps ahead. C and what lies beside it come from farther away:
+// a row for each W steps, since many at once would hold up the loads of A and B. Nothing but whole vectors here: with anything more,
+// compilers spill the accumulators.
+template <int R, int V>
 void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
   constexpr int64_t kAhead = 8;
   Vec acc[R][V];
@@ -233,11 +247,9 @@ void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
   const auto add_up = [&](int64_t n) __attribute__((always_inline)) {
-    const float* ahead = a + (Along ? R * W : kAhead * R);
 #pragma GCC unroll 1
     for (int64_t q = 0; q < n; ++q) {
-      __builtin_prefetch(ahead);
-      ahead += Along ? W : R;
+      __builtin_prefetch(a + 2 * kAhead * R);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(b + (kAhead * V + v) * W);
       Vec x[V];
@@ -245,14 +257,9 @@ void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
       for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
       b += V * W;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec y = splat(Along ? a[r * W] : a[r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] += y * x[v];
-      }
-      a += Along ? 1 : R;
+      for (int r = 0; r < R; ++r) add_line(acc[r], x, a + r, r);
+      a += R;
     }
-    if (Along) a += (R - 1) * W;
   };
   const int64_t ldc = tile.ldc, quick = R * W / depth + 1;
   int64_t fetched = 0;
@@ -280,12 +287,11 @@ void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
 
 using Multiply = void (*)(int64_t, const float*, const float*, const Tile&);
 struct Multiplies {
-  Multiply by[2][MR][NV];
+  Multiply by[MR][NV];
 };
 template <int R, int V>
 constexpr void fill(Multiplies& m) {
-  m.by[0][R - 1][V - 1] = multiply<R, V, false>;
-  m.by[1][R - 1][V - 1] = multiply<R, V, true>;
+  m.by[R - 1][V - 1] = multiply<R, V>;
   if constexpr (V < NV) fill<R, V + 1>(m);
   else if constexpr (R < MR) fill<R + 1, 1>(m);
 }
@@ -307,12 +313,12 @@ struct Product {
   Slivers slivers;
 
   // Of A, packed at a time.
-  int64_t block_rows() const { return along_depth(a) ? MC : kWideMC; }
+  int64_t block_rows() const { return a.row_stride != 1 ? MC : kWideMC; }
 
   // A packed block of A, rows from i0, by a packed part of B: its slivers [s0, s1), `depth` rows from p0 on.
   void block(const float* a_block, int64_t i0, int64_t rows, const float* b_part, int64_t s0, int64_t s1, int64_t p0, int64_t depth) const {
     const Strips strips(rows);
-    const bool finished = p0 + depth == k, along = along_depth(a), add = p0 > 0 || options->accumulate;
+    const bool finished = p0 + depth == k, add = p0 > 0 || options->accumulate;
     const float* const bias = p0 == 0 ? options->bias : nullptr;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t j = slivers.at(s), wide = slivers.of(s), vectors = ceil_div(wide, W);
@@ -324,7 +330,7 @@ struct Product {
           if (finished)
             for (const float* x : options->hook.beside)
               if (x) tile.fetch[tile.fetches++] = x + at;
-          kMultiply.by[along][height - 1][vectors - 1](depth, a_block + strips.packed(t, depth), sliver, tile);
+          kMultiply.by[height - 1][vectors - 1](depth, a_block + strips.packed(t, depth), sliver, tile);
         };
         if (wide == vectors * W && !bias) [[likely]] {
           into(c + at, ldc, add);
@@ -386,6 +392,7 @@ struct Grid {
     }
     held = rows == workers;
     if (held) rows = least(q.m, ceil_div(ceil_div(q.m, q.block_rows()), workers) * workers);
+    else if (q.k <= part) rows *= least(kShares, ceil_div(q.m, rows * q.block_rows()));
   }
 };
 
@@ -441,13 +448,16 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
 
 void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
   const int64_t slivers = q.slivers.count, floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
+  std::vector<int64_t> holds(static_cast<size_t>(threads.size()), -1);  // where the panel begins that a thread holds
   threads.parallel(grid.columns * grid.rows, [&](int64_t task, int thread) {
     const int64_t c = task / grid.rows, r = task % grid.rows;
     const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, q.block_rows());
     const Packs packs(threads, thread, floats);
     for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(grid.part, q.k - d0), grid.part};
-      if (!q.b.packed) pack(q, panel, packs.panel);
+      const int64_t at = c * q.k + d0;
+      if (!q.b.packed && holds[static_cast<size_t>(thread)] != at) pack(q, panel, packs.panel);
+      holds[static_cast<size_t>(thread)] = at;
       for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks);
     }
   });

@@ -24,7 +24,7 @@ inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { ret
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int64_t kBlockVectors = 3;
+constexpr int64_t kBlockVectors = 2;
 #else
 constexpr int64_t kBlockVectors = 2;
 #endif

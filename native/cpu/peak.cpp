@@ -6,23 +6,25 @@ namespace limbeck::cpu::LIMBECK_ISA {
 
 // peak_flops(rounds) -> flops[]:f64 : `rounds` rounds of independent multiply-adds in registers on every thread; how many they were
 static void peak_flops(const Call& call) {
-  constexpr int chains = 10;  // latency 4 times 2 units, and some
-  constexpr int64_t inner = 4096;
+  constexpr int chains = 12;  // latency 4 times 2 units, and some
+  constexpr int64_t inner = 32768;
   const int64_t rounds = static_cast<int64_t>(call.scalar[0]);
   const int threads = call.threads->size();
   call.threads->parallel(threads * rounds, [](int64_t, int) {
-    Vec sum[chains];
+    Vec x = splat(0.999999f), y = splat(1e-6f), sum[chains], total{};
+    asm volatile("" : "+m"(x), "+m"(y));  // or it would be computed beforehand
+    const Vec factor = x, term = y;
+#pragma GCC unroll 12
     for (int c = 0; c < chains; ++c) sum[c] = splat(1.f + static_cast<float>(c));
-    Vec a = splat(0.999999f), b = splat(1e-6f);
     for (int64_t i = 0; i < inner; ++i) {
-      asm volatile("" : "+m"(a), "+m"(b));  // or the loop would be computed away
-      const Vec x = a, y = b;
-      for (int k = 0; k < 8; ++k)
-        for (int c = 0; c < chains; ++c) sum[c] = sum[c] * x + y;
+#pragma GCC unroll 12
+      for (int c = 0; c < chains; ++c) sum[c] = sum[c] * factor + term;
     }
-    for (int c = 0; c < chains; ++c) asm volatile("" ::"m"(sum[c]));
+#pragma GCC unroll 12
+    for (int c = 0; c < chains; ++c) total += sum[c];
+    asm volatile("" ::"m"(total));  // or it would not be computed at all
   });
-  *call.out[0].as<double>() = 2.0 * W * chains * 8 * static_cast<double>(inner) * static_cast<double>(threads * rounds);
+  *call.out[0].as<double>() = 2.0 * W * chains * static_cast<double>(inner) * static_cast<double>(threads * rounds);
 }
 
 }  // namespace limbeck::cpu::LIMBECK_ISA

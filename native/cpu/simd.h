@@ -53,6 +53,22 @@ LIMBECK_INLINE void store_part(float* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 #endif
+// Line i of a register tile: acc[v] += x[v] * *p. With AVX-512 a multiply-add can take its factor from memory, which saves the instruction
+// that spreads it, but loads it once for each vector: so five lines in seven do, as many as the load units have time for.
+template <int N>
+LIMBECK_INLINE void add_line(Vec (&acc)[N], const Vec (&x)[N], const float* p, int i) {
+#if defined(__AVX512F__)
+  if ((i + 1) * 5 / 7 != i * 5 / 7) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc[v]) : "v"(x[v]), "m"(*p));
+    return;
+  }
+#endif
+  const Vec y = splat(*p);
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) acc[v] += y * x[v];
+  (void)i;
+}
 LIMBECK_INLINE Vec load_bf16(const uint16_t* p) {
   HVec h;
   std::memcpy(&h, p, sizeof h);
