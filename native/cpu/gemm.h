@@ -23,8 +23,8 @@ struct Matrix {
 inline Matrix rows_of(const void* p, int64_t stride, DType t = DType::f32) { return {p, stride, 1, t}; }
 inline Matrix transposed(const void* p, int64_t stride, DType t = DType::f32) { return {p, 1, stride, t}; }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int64_t kBlockVectors = 2;
+#if defined(__aarch64__)
+constexpr int64_t kBlockVectors = 3;
 #else
 constexpr int64_t kBlockVectors = 2;
 #endif
