@@ -102,6 +102,30 @@ void with_loader(const Matrix& x, Body&& body) {
   else body(LoadF32{static_cast<const float*>(x.data)});
 }
 
+// Columns out of `rows` rows of n, W x W at most, transposed in registers: n lines of W that lie `ld` apart, filled up with zeros. What
+// lies `ahead` of each row is fetched.
+template <class Load>
+LIMBECK_INLINE void pack_square(Load source, int64_t from, int64_t stride, int64_t rows, int64_t n, int64_t ahead, float* to, int64_t ld) {
+  Vec v[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) {
+    if (r >= rows) {
+      v[r] = Vec{};
+      continue;
+    }
+    const int64_t x = from + r * stride;
+    source.fetch(x + ahead);
+    v[r] = n >= W ? source(x) : source.part(x, n);
+  }
+  transpose(v);
+  if (n >= W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) store(to + i * ld, v[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) store(to + i * ld, v[i]);
+  }
+}
+
 // A strip is [depth][rows], of which the micro-kernel reads one number at a time. Vectors that are stored may reach into what follows,
 // which is written later.
 void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth, float* dst) {
@@ -109,34 +133,13 @@ void pack_a(const Matrix& a, int64_t i0, int64_t rows, int64_t p0, int64_t depth
   const Strips strips(rows);
   with_loader(a, [&](auto source) {
     if (a.row_stride != 1) {
-      // Along rows: W x W blocks are transposed in registers.
-      constexpr int64_t kAhead = 2;
+      constexpr int64_t kAhead = 2 * W;
       for (int64_t s = 0; s < strips.count; ++s) {
         const int64_t height = strips.of(s), from = at + strips.at(s) * a.row_stride;
         float* const d = dst + strips.packed(s, depth);
-        for (int64_t p = 0; p < depth; p += W) {
-          const int64_t n = least(W, depth - p);
-          for (int64_t l = (height - 1) / W * W; l >= 0; l -= W) {  // downwards: what is stored too much is written over
-            Vec v[W];
-#pragma GCC unroll 16
-            for (int r = 0; r < W; ++r) {
-              const int64_t x = from + (l + r) * a.row_stride + p;
-              if (l + r >= height) {
-                v[r] = Vec{};
-                continue;
-              }
-              source.fetch(x + kAhead * W);
-              v[r] = n == W ? source(x) : source.part(x, n);
-            }
-            transpose(v);
-            if (n == W) {
-#pragma GCC unroll 16
-              for (int i = 0; i < W; ++i) store(d + (p + i) * height + l, v[i]);
-            } else {
-              for (int64_t i = 0; i < n; ++i) store(d + (p + i) * height + l, v[i]);
-            }
-          }
-        }
+        for (int64_t p = 0; p < depth; p += W)
+          for (int64_t l = (height - 1) / W * W; l >= 0; l -= W)  // downwards: what is stored too much is written over
+            pack_square(source, from + l * a.row_stride + p, a.row_stride, height - l, depth - p, kAhead, d + p * height + l, height);
       }
     } else {
       for (int64_t first = 0; first < depth; first += kTogether) {
@@ -184,35 +187,15 @@ void pack_columns(Load source, int64_t at, int64_t stride, const Slivers& sliver
   }
 }
 
-// B, with contiguous k: W x W blocks are transposed in registers.
+// B, with contiguous k.
 template <class Load>
 void pack_depth(Load source, int64_t at, int64_t stride, const Slivers& slivers, int64_t s0, int64_t s1, int64_t depth, float* dst) {
   for (int64_t s = s0; s < s1; ++s) {
     const int64_t first = slivers.at(s), lanes = slivers.of(s), ld = whole(lanes);
-    for (int64_t l = 0; l < lanes; l += W) {
-      for (int64_t p = 0; p < depth; p += W) {
-        const int64_t n = depth - p;
-        Vec v[W];
-        const int64_t rows = lanes - l, from = at + (first + l) * stride + p;
-        if (n >= W && rows >= W) {
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            source.fetch(from + (i + W) * stride);
-            v[i] = source(from + i * stride);
-          }
-        } else {
-          for (int i = 0; i < W; ++i) v[i] = i < rows ? source.part(from + i * stride, least(n, W)) : Vec{};
-        }
-        transpose(v);
-        float* d = dst + (first - slivers.at(s0)) * depth + p * ld + l;
-        if (n >= W) {
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) store(d + i * ld, v[i]);
-        } else {
-          for (int64_t i = 0; i < n; ++i) store(d + i * ld, v[i]);
-        }
-      }
-    }
+    float* const d = dst + (first - slivers.at(s0)) * depth;
+    for (int64_t l = 0; l < lanes; l += W)
+      for (int64_t p = 0; p < depth; p += W)
+        pack_square(source, at + (first + l) * stride + p, stride, lanes - l, depth - p, W * stride, d + p * ld + l, ld);
   }
 }
 
@@ -412,7 +395,11 @@ struct Packs {
       : block(static_cast<float*>(threads.scratch(thread, static_cast<size_t>(kBlockFloats + panel_floats) * 4, kSlot))), panel(block + kBlockFloats) {}
 };
 
-void pack(const Product& q, const Panel& x, float* to) {
+// Packs a panel, unless it is the one that the thread still holds.
+void pack(const Product& q, const Panel& x, float* to, int64_t& held) {
+  const int64_t which = x.s0 * q.k + x.d0;
+  if (q.b.packed || held == which) return;
+  held = which;
   for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), q.slivers, x.s0, x.s1, to + x.at(p, q.slivers));
 }
 
@@ -430,16 +417,13 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
   const int64_t slivers = q.slivers.count, widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
   const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part;
   const int64_t floats = q.b.packed ? 0 : least(deepest, q.k) * widest;
-  std::vector<int64_t> holds(static_cast<size_t>(threads.size()), 0);  // the number of the panel that a thread holds
-  int64_t number = 0;
+  std::vector<int64_t> held(static_cast<size_t>(threads.size()), -1);
   for (int64_t c = 0; c < grid.columns; ++c) {
     for (int64_t d0 = 0; d0 < q.k; d0 += deepest) {
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(deepest, q.k - d0), grid.part};
-      ++number;
       threads.parallel(grid.rows, [&](int64_t r, int thread) {
         const Packs packs(threads, thread, floats);
-        if (!q.b.packed && holds[static_cast<size_t>(thread)] != number) pack(q, panel, packs.panel);
-        holds[static_cast<size_t>(thread)] = number;
+        pack(q, panel, packs.panel, held[static_cast<size_t>(thread)]);
         multiply_rows(q, panel, packs, q.m * r / grid.rows, q.m * (r + 1) / grid.rows);
       });
     }
@@ -448,16 +432,14 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
 
 void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
   const int64_t slivers = q.slivers.count, floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
-  std::vector<int64_t> holds(static_cast<size_t>(threads.size()), -1);  // where the panel begins that a thread holds
+  std::vector<int64_t> held(static_cast<size_t>(threads.size()), -1);
   threads.parallel(grid.columns * grid.rows, [&](int64_t task, int thread) {
     const int64_t c = task / grid.rows, r = task % grid.rows;
     const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, q.block_rows());
     const Packs packs(threads, thread, floats);
     for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(grid.part, q.k - d0), grid.part};
-      const int64_t at = c * q.k + d0;
-      if (!q.b.packed && holds[static_cast<size_t>(thread)] != at) pack(q, panel, packs.panel);
-      holds[static_cast<size_t>(thread)] = at;
+      pack(q, panel, packs.panel, held[static_cast<size_t>(thread)]);
       for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks);
     }
   });

@@ -56,7 +56,7 @@ LIMBECK_INLINE void store_part(float* p, Vec v, int64_t n) {
 // Line i of a register tile: acc[v] += x[v] * *p. With AVX-512 a multiply-add can take its factor from memory, which saves the instruction
 // that spreads it, but loads it once for each vector: so five lines in seven do, as many as the load units have time for.
 template <int N>
-LIMBECK_INLINE void add_line(Vec (&acc)[N], const Vec (&x)[N], const float* p, int i) {
+LIMBECK_INLINE void add_line(Vec (&acc)[N], const Vec (&x)[N], const float* p, [[maybe_unused]] int i) {
 #if defined(__AVX512F__)
   if ((i + 1) * 5 / 7 != i * 5 / 7) {
 #pragma GCC unroll 4
@@ -67,7 +67,6 @@ LIMBECK_INLINE void add_line(Vec (&acc)[N], const Vec (&x)[N], const float* p, i
   const Vec y = splat(*p);
 #pragma GCC unroll 4
   for (int v = 0; v < N; ++v) acc[v] += y * x[v];
-  (void)i;
 }
 LIMBECK_INLINE Vec load_bf16(const uint16_t* p) {
   HVec h;
