@@ -17,7 +17,7 @@ struct BoundedTile {
   bool gradient;
 
   static void run(void* ctx, const Block& b) {
-    const BoundedTile& t = *static_cast<const BoundedTile*>(ctx);
+    const BoundedTile t = *static_cast<const BoundedTile*>(ctx);
     const float inverse = 1.f / t.cap;
     for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
       if (const int64_t y = t.target[i]; y >= b.j0 && y < b.j0 + b.cols) t.target_z[i] = (tanh(splat(t.z[i * t.ld + y]) * inverse) * t.cap)[0];
@@ -43,8 +43,7 @@ struct CrossEntropy : HeadShape {
   size_t bytes;
 
   int32_t *token, *target;
-  float* packed_w;  // as dx = du w reads it, once for all chunks; absent where it is read once, or too large to be worth it
-  float *z, *gathered, *back, *sums, *tops, *target_z, *scale;
+  float *packed_w, *z, *gathered, *back, *sums, *tops, *target_z, *scale;
   double *row_lse, *row_loss;
 
   explicit CrossEntropy(const Call& call)
@@ -56,9 +55,7 @@ struct CrossEntropy : HeadShape {
     Layout lay{static_cast<char*>(call.workspace)};
     token = lay.take<int32_t>(n);
     target = lay.take<int32_t>(rows);
-    const bool packs = dx && n > rows && v * c * 4 <= kCachedHead;
-    packed_w = lay.take<float>(packs ? Packed(v, c).floats() : 0);
-    if (!packs) packed_w = nullptr;
+    packed_w = dx && packs() ? lay.take<float>(Packed(v, c).floats()) : nullptr;
     z = lay.take<float>(rows * ld);
     gathered = lay.take<float>(rows * c);
     back = lay.take<float>(dx ? rows * c : 0);
@@ -79,8 +76,7 @@ struct CrossEntropy : HeadShape {
     if (count == 0 && !call.accumulate[5]) zero(dw);
     for (int64_t i = 0; i < count; ++i) check_target(call, targets.as<const int32_t>()[token[i]], token[i], v);
 
-    const Matrix head = rows_of(w.data, c, w.dtype);
-    if (packed_w) Packed(v, c).pack(threads, head, packed_w);
+    const Matrix head = head_rows(threads, *this, w, packed_w);
     double sum_of_all = 0;
     const int64_t chunks = count == 0 ? 0 : (count + rows - 1) / rows;
     for (int64_t k = 0; k < chunks; ++k) {
@@ -89,7 +85,7 @@ struct CrossEntropy : HeadShape {
       logits(threads, chunk);
       each_row(threads, chunk.count, [&](int64_t i, int) { finish(i, chunk.token[i]); });
       for (int64_t i = 0; i < chunk.count; ++i) sum_of_all += row_loss[i];
-      head_backward(threads, *this, chunk, packed_w ? Packed::matrix(packed_w) : head, dx, dw, call.accumulate[5] || k > 0, scale);
+      head_backward(threads, *this, chunk, head, dx, dw, call.accumulate[5] || k > 0, scale);
     }
     total.as<float>()[0] = static_cast<float>(sum_of_all);
   }

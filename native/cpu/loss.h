@@ -39,16 +39,19 @@ struct HeadShape {
 
   HeadShape(const View& x, const View& w, int buffers) : n(x.rows()), c(x.cols()), v(w.dims[0]), slots(Slivers(v).count) {
     ld = (v + 15) / 16 * 16 + 16;
-    // Each chunk reads w twice and adds to all of dw, so it takes up to 512 tokens: as many as 88 MiB of logits hold, or 17 MiB where w and
+    // Each chunk reads w twice and adds to all of dw, so it takes up to 512 tokens: as many as 88 MiB of logits hold, or 34 MiB where w and
     // dw stay in the shared cache and the logits should too. Where that is few, 160 MiB for up to 256 tokens.
     constexpr int64_t kMost = 512, kEnough = 256;
-    constexpr int64_t kSmall = 17 << 20, kUsual = 88 << 20, kLarge = 160 << 20;
+    constexpr int64_t kSmall = 34 << 20, kUsual = 88 << 20, kLarge = 160 << 20;
     const int64_t row_bytes = buffers * ld * 4, large = kLarge / row_bytes;
     const int64_t usual = (v * c * 4 <= kCachedHead ? kSmall : kUsual) / row_bytes;
     rows = usual >= kEnough ? usual : large < kEnough ? large : kEnough;
     rows = rows > kMost ? kMost : rows < 16 ? 16 : rows / 16 * 16;
     if (rows > n) rows = n;
   }
+
+  // Whether w is worth packing for dx: it is small, and read for each of several chunks.
+  bool packs() const { return n > rows && v * c * 4 <= kCachedHead; }
 };
 
 // The chunk of tokens at work. Tokens of weight 0 are never in one.
@@ -91,6 +94,14 @@ inline void zero(const View& v) {
 inline void gather(ThreadPool& threads, const Chunk& chunk, const View& x, float* to) {
   const int64_t c = x.cols();
   each_row(threads, chunk.count, [&](int64_t i, int) { std::memcpy(to + i * c, x.as<const float>() + chunk.token[i] * c, static_cast<size_t>(c) * 4); });
+}
+
+// w as head_backward() reads it for dx: packed into `to` once for all chunks, or as it is.
+inline Matrix head_rows(ThreadPool& threads, const HeadShape& s, const View& w, float* to) {
+  const Matrix rows = rows_of(w.data, s.c, w.dtype);
+  if (!to) return rows;
+  Packed(s.v, s.c).pack(threads, rows, to);
+  return Packed::matrix(to);
 }
 
 // chunk.z holds d total / d logits, but for a factor of each row in `scale` (absent: 1). w is [v c], packed or not.
@@ -161,7 +172,7 @@ struct LogitTile {
   float cap, inverse_t;
 
   static void run(void* ctx, const Block& b) {
-    const LogitTile& t = *static_cast<const LogitTile*>(ctx);
+    const LogitTile t = *static_cast<const LogitTile*>(ctx);
     for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) t.make(t.z + i * t.ld + b.j0, b.cols, i * t.slots + b.sliver);
   }
   TileHook hook() { return {run, this}; }

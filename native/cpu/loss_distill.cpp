@@ -131,7 +131,7 @@ struct ForwardKlTile {
   bool gradient;
 
   static void run(void* ctx, const Block& b) {
-    const ForwardKlTile& x = *static_cast<const ForwardKlTile*>(ctx);
+    const ForwardKlTile x = *static_cast<const ForwardKlTile*>(ctx);
     const float inverse = 1.f / x.cap, heat = x.cap * x.inverse_t;
     for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
       if (const int64_t y = x.target ? x.target[i] : -1; y >= b.j0 && y < b.j0 + b.cols)
@@ -158,7 +158,7 @@ struct ForwardKlTile {
       if (x.cold_sums) x.cold_sums[slot] = sum(cold);
     }
   }
-  TileHook hook() { return {run, this}; }
+  TileHook hook() { return {run, this, {t}}; }
 };
 
 struct Distill : HeadShape {
@@ -172,7 +172,7 @@ struct Distill : HeadShape {
   size_t bytes;
 
   int32_t *token, *target;
-  float *z, *t, *gathered, *back, *target_z;
+  float *packed_w, *z, *t, *gathered, *back, *target_z;
   float *sums, *tops, *cold_sums, *teacher_sums, *teacher_tops;
   double* row_total;
 
@@ -196,6 +196,7 @@ struct Distill : HeadShape {
     const int64_t cells = rows * slots;
     token = lay.take<int32_t>(n);
     target = lay.take<int32_t>(rows);
+    packed_w = dx && packs() ? lay.take<float>(Packed(v, c).floats()) : nullptr;
     z = lay.take<float>(rows * ld);
     t = lay.take<float>(sparse ? 0 : rows * ld);
     gathered = lay.take<float>(rows * (tx && tx.cols() > c ? tx.cols() : c));
@@ -219,6 +220,7 @@ struct Distill : HeadShape {
     if (count == 0 && !call.accumulate[5]) zero(dw);
     each_row(threads, count, [&](int64_t i, int) { check_token(token[i]); });
 
+    const Matrix head = head_rows(threads, *this, w, packed_w);
     double sum_of_all = 0;
     const int64_t chunks = count == 0 ? 0 : (count + rows - 1) / rows;
     for (int64_t k = 0; k < chunks; ++k) {
@@ -228,7 +230,7 @@ struct Distill : HeadShape {
       student(threads, chunk);
       each_row(threads, chunk.count, [&](int64_t i, int thread) { finish(threads, i, chunk.token[i], thread); });
       for (int64_t i = 0; i < chunk.count; ++i) sum_of_all += row_total[i];
-      head_backward(threads, *this, chunk, rows_of(w.data, c, w.dtype), dx, dw, call.accumulate[5] || k > 0, nullptr);
+      head_backward(threads, *this, chunk, head, dx, dw, call.accumulate[5] || k > 0, nullptr);
     }
     total.as<float>()[0] = static_cast<float>(sum_of_all);
   }
