@@ -20,14 +20,6 @@ constexpr size_t kLine = 64;
 // follow: on a virtual machine an idle core goes back to the host, and it can take longer than a kernel to return.
 constexpr auto kSpin = std::chrono::microseconds(40), kLinger = std::chrono::microseconds(1000);
 
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("isb" ::: "memory");
-#endif
-}
-
 // Polls until ready() or until the time is over; true if ready.
 template <class Ready>
 bool spin(Ready&& ready) {

@@ -5,9 +5,29 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <thread>
 #include <type_traits>
 
 namespace limbeck {
+
+// Tells the core that it waits.
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+// Returns when ready(): what it waits for is being done by another thread at this moment.
+template <class Ready>
+void await(Ready&& ready) {
+  constexpr int kPolls = 1000;
+  for (int polls = 0; !ready(); ++polls) {
+    if (polls < kPolls) pause();
+    else std::this_thread::yield();
+  }
+}
 
 class ThreadPool {
  public:

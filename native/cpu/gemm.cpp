@@ -1,5 +1,6 @@
 #include "cpu/gemm.h"
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/blocks.h"
@@ -390,18 +391,26 @@ struct Panel {
 // A thread's own block of A and panel of B.
 struct Packs {
   float *block, *panel;
+  int64_t held = -1;  // the panel's place in B
 
-  Packs(ThreadPool& threads, int thread, int64_t panel_floats)
-      : block(static_cast<float*>(threads.scratch(thread, static_cast<size_t>(kBlockFloats + panel_floats) * 4, kSlot))), panel(block + kBlockFloats) {}
+  // Those of all threads: made before a job, in which nothing may fail.
+  static std::vector<Packs> all(ThreadPool& threads, int64_t panel_floats) {
+    std::vector<Packs> packs;
+    for (int t = 0; t < threads.size(); ++t) {
+      float* const block = static_cast<float*>(threads.scratch(t, static_cast<size_t>(kBlockFloats + panel_floats) * 4, kSlot));
+      packs.push_back({block, block + kBlockFloats});
+    }
+    return packs;
+  }
+
+  // Packs a panel, unless it is the one that is held.
+  void take(const Product& q, const Panel& x) {
+    const int64_t place = x.s0 * q.k + x.d0;
+    if (q.b.packed || held == place) return;
+    held = place;
+    for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), q.slivers, x.s0, x.s1, panel + x.at(p, q.slivers));
+  }
 };
-
-// Packs a panel, unless it is the one that the thread still holds.
-void pack(const Product& q, const Panel& x, float* to, int64_t& held) {
-  const int64_t which = x.s0 * q.k + x.d0;
-  if (q.b.packed || held == which) return;
-  held = which;
-  for (int64_t p = 0; p < x.deep; p += x.part) pack_b(q.b, x.d0 + p, x.depth(p), q.slivers, x.s0, x.s1, to + x.at(p, q.slivers));
-}
 
 // Rows [i0, i1), at most a block of them, by a packed panel.
 void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t i0, int64_t i1) {
@@ -413,34 +422,43 @@ void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t
   }
 }
 
+// Each thread takes its rows through all panels without waiting for the others. Panels below each other add to the same C: who takes
+// over another's rows starts on them when their last panel is done.
 void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
   const int64_t slivers = q.slivers.count, widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
-  const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part;
-  const int64_t floats = q.b.packed ? 0 : least(deepest, q.k) * widest;
-  std::vector<int64_t> held(static_cast<size_t>(threads.size()), -1);
-  for (int64_t c = 0; c < grid.columns; ++c) {
-    for (int64_t d0 = 0; d0 < q.k; d0 += deepest) {
+  const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part, deeps = ceil_div(q.k, deepest);
+  const int64_t panels = grid.columns * deeps;
+  std::vector<Packs> packs = Packs::all(threads, q.b.packed ? 0 : least(deepest, q.k) * widest);
+  std::vector<std::atomic<int64_t>> done(static_cast<size_t>(grid.rows));  // panels
+  // Rows that do not share out evenly: a job for each panel.
+  const bool even = grid.rows % threads.size() == 0;
+  const int64_t share = even ? grid.rows / threads.size() : grid.rows, together = even ? panels : 1;
+  for (int64_t p0 = 0; p0 < panels; p0 += together) {
+    threads.parallel(together * grid.rows, [&](int64_t task, int thread) {
+      const int64_t r = task / (together * share) * share + task % share, p = p0 + task / share % together;
+      const int64_t c = p / deeps, d0 = p % deeps * deepest;
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(deepest, q.k - d0), grid.part};
-      threads.parallel(grid.rows, [&](int64_t r, int thread) {
-        const Packs packs(threads, thread, floats);
-        pack(q, panel, packs.panel, held[static_cast<size_t>(thread)]);
-        multiply_rows(q, panel, packs, q.m * r / grid.rows, q.m * (r + 1) / grid.rows);
-      });
-    }
+      Packs& own = packs[static_cast<size_t>(thread)];
+      std::atomic<int64_t>& finished = done[static_cast<size_t>(r)];
+      own.take(q, panel);
+      await([&] { return finished.load(std::memory_order_acquire) == p; });
+      multiply_rows(q, panel, own, q.m * r / grid.rows, q.m * (r + 1) / grid.rows);
+      finished.store(p + 1, std::memory_order_release);
+    });
   }
 }
 
 void by_columns(ThreadPool& threads, const Product& q, const Grid& grid) {
-  const int64_t slivers = q.slivers.count, floats = q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR;
-  std::vector<int64_t> held(static_cast<size_t>(threads.size()), -1);
+  const int64_t slivers = q.slivers.count;
+  std::vector<Packs> packs = Packs::all(threads, q.b.packed ? 0 : grid.part * ceil_div(slivers, grid.columns) * NR);
   threads.parallel(grid.columns * grid.rows, [&](int64_t task, int thread) {
     const int64_t c = task / grid.rows, r = task % grid.rows;
     const int64_t first = q.m * r / grid.rows, rows = q.m * (r + 1) / grid.rows - first, blocks = ceil_div(rows, q.block_rows());
-    const Packs packs(threads, thread, floats);
+    Packs& own = packs[static_cast<size_t>(thread)];
     for (int64_t d0 = 0; d0 < q.k; d0 += grid.part) {
       const Panel panel{slivers * c / grid.columns, slivers * (c + 1) / grid.columns, d0, least(grid.part, q.k - d0), grid.part};
-      pack(q, panel, packs.panel, held[static_cast<size_t>(thread)]);
-      for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, packs, first + rows * x / blocks, first + rows * (x + 1) / blocks);
+      own.take(q, panel);
+      for (int64_t x = 0; x < blocks; ++x) multiply_rows(q, panel, own, first + rows * x / blocks, first + rows * (x + 1) / blocks);
     }
   });
 }
