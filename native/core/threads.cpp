@@ -1,7 +1,6 @@
 #include "core/threads.h"
 
 #include <atomic>
-#include <chrono>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -16,25 +15,6 @@ namespace limbeck {
 namespace {
 
 constexpr size_t kLine = 64;
-// Longer than the gap between two kernels. After it a thread lets others have the core, but stays awake while kernels are likely to
-// follow: on a virtual machine an idle core goes back to the host, and it can take longer than a kernel to return.
-constexpr auto kSpin = std::chrono::microseconds(40), kLinger = std::chrono::microseconds(1000);
-
-// Polls until ready() or until the time is over; true if ready.
-template <class Ready>
-bool spin(Ready&& ready) {
-  if (ready()) return true;
-  const auto start = std::chrono::steady_clock::now();
-  for (auto spent = start - start; spent < kLinger; spent = std::chrono::steady_clock::now() - start) {
-    if (spent >= kSpin) std::this_thread::yield();
-    for (int i = 0; i < 16; ++i) {
-      pause();
-      if (ready()) return true;
-    }
-  }
-  return false;
-}
-
 struct Buffer {
   void* data = nullptr;
   size_t bytes = 0;

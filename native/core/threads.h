@@ -2,6 +2,7 @@
 // A thread claims the tiles of its own share one by one and then those left of the others', so a core that is busy elsewhere costs at
 // most the tile it holds.
 #pragma once
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,14 +20,22 @@ inline void pause() {
 #endif
 }
 
-// Returns when ready(): what it waits for is being done by another thread at this moment.
+// Polls until ready() or until the time is over; true if ready.
 template <class Ready>
-void await(Ready&& ready) {
-  constexpr int kPolls = 1000;
-  for (int polls = 0; !ready(); ++polls) {
-    if (polls < kPolls) pause();
-    else std::this_thread::yield();
+bool spin(Ready&& ready) {
+  // Longer than the gap between two kernels. After it a thread lets others have the core, but stays awake while kernels are likely to
+  // follow: on a virtual machine an idle core goes back to the host, and it can take longer than a kernel to return.
+  constexpr auto kSpin = std::chrono::microseconds(40), kLinger = std::chrono::microseconds(1000);
+  if (ready()) return true;
+  const auto start = std::chrono::steady_clock::now();
+  for (auto spent = start - start; spent < kLinger; spent = std::chrono::steady_clock::now() - start) {
+    if (spent >= kSpin) std::this_thread::yield();
+    for (int i = 0; i < 16; ++i) {
+      pause();
+      if (ready()) return true;
+    }
   }
+  return false;
 }
 
 class ThreadPool {

@@ -423,14 +423,14 @@ void multiply_rows(const Product& q, const Panel& x, const Packs& packs, int64_t
 }
 
 // Each thread takes its rows through all panels without waiting for the others. Panels below each other add to the same C: who takes
-// over another's rows starts on them when their last panel is done.
+// over another's rows starts on them when their last panel is done. That one is an earlier task, so nobody waits for what nobody does.
 void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
   const int64_t slivers = q.slivers.count, widest = ceil_div(slivers, grid.columns) * NR, parts = grid.panel / (grid.part * widest);
   const int64_t deepest = least(ceil_div(q.k, grid.part), parts > 1 ? parts : 1) * grid.part, deeps = ceil_div(q.k, deepest);
   const int64_t panels = grid.columns * deeps;
   std::vector<Packs> packs = Packs::all(threads, q.b.packed ? 0 : least(deepest, q.k) * widest);
   std::vector<std::atomic<int64_t>> done(static_cast<size_t>(grid.rows));  // panels
-  // Rows that do not share out evenly: a job for each panel.
+  // A thread's share of tasks is some rows with all their panels. Where rows do not share out evenly, each panel is a job.
   const bool even = grid.rows % threads.size() == 0;
   const int64_t share = even ? grid.rows / threads.size() : grid.rows, together = even ? panels : 1;
   for (int64_t p0 = 0; p0 < panels; p0 += together) {
@@ -441,7 +441,7 @@ void by_rows(ThreadPool& threads, const Product& q, const Grid& grid) {
       Packs& own = packs[static_cast<size_t>(thread)];
       std::atomic<int64_t>& finished = done[static_cast<size_t>(r)];
       own.take(q, panel);
-      await([&] { return finished.load(std::memory_order_acquire) == p; });
+      while (!spin([&] { return finished.load(std::memory_order_acquire) == p; })) {}
       multiply_rows(q, panel, own, q.m * r / grid.rows, q.m * (r + 1) / grid.rows);
       finished.store(p + 1, std::memory_order_release);
     });
