@@ -219,12 +219,12 @@ struct Tile {
   const float* fetch[1 + TileHook::kBeside];
 };
 
-// A strip and a sliver come from L2 as they are used and are fetched some steps ahead. C and what lies beside it come from farther away:
-// a row for each W steps, since many at once would hold up the loads of A and B. Nothing but whole vectors here: with anything more,
-// compilers spill the accumulators.
+// A strip and a sliver come from L2 as they are used and are fetched some steps ahead; of a sliver, of which a step reads more, farther. C
+// and what lies beside it come from farther away: a row for each W steps, since many at once would hold up the loads of A and B. Nothing
+// but whole vectors here: with anything more, compilers spill the accumulators.
 template <int R, int V>
 void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
-  constexpr int64_t kAhead = 8;
+  constexpr int64_t kAheadA = 16, kAheadB = 24;
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -233,9 +233,9 @@ void multiply(int64_t depth, const float* a, const float* b, const Tile& tile) {
   const auto add_up = [&](int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 1
     for (int64_t q = 0; q < n; ++q) {
-      __builtin_prefetch(a + 2 * kAhead * R);
+      __builtin_prefetch(a + kAheadA * R);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(b + (kAhead * V + v) * W);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(b + (kAheadB * V + v) * W);
       Vec x[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) x[v] = load(b + v * W);

@@ -2,6 +2,7 @@
 // while packing). The bits of a result depend on shapes and instruction set only, never on the number of threads.
 #pragma once
 #include "core/kernel.h"
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 
 namespace limbeck::cpu::LIMBECK_ISA {
@@ -69,6 +70,16 @@ struct Packed {
 struct Block {
   int64_t i0, rows, sliver, j0, cols;
 };
+
+// row(i, over) for each row of a block, where over(body) calls body(column, lanes) for its vectors. Two of them, as nearly always, are taken
+// at once without a loop: constants then stay in registers from row to row.
+template <class Row>
+LIMBECK_INLINE void each_row_of(const Block& b, Row&& row) {
+  if (b.cols == 2 * W)
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) row(i, [](auto body) __attribute__((always_inline)) { body(int64_t{0}, TwoVectors{}); });
+  else
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) row(i, [&b](auto body) __attribute__((always_inline)) { for_lanes(0, b.cols, body); });
+}
 
 // Called once for each finished block of C, on the thread that made it, while it is still in cache. How many rows are in a block depends on
 // the number of threads.

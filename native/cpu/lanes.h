@@ -25,6 +25,7 @@ struct AllLanes {
 };
 struct TwoVectors {
   LIMBECK_INLINE Pair get(const float* p) const { return {load(p), load(p + W)}; }
+  LIMBECK_INLINE Pair keep(const Pair& v) const { return v; }
   LIMBECK_INLINE void put(float* p, Pair v) const { store(p, v); }
 };
 struct SomeLanes {
@@ -72,6 +73,9 @@ LIMBECK_INLINE void for_pairs(int64_t begin, int64_t end, Body&& body) {
   for (; i + 2 * W <= end; i += 2 * W) body(i, TwoVectors{});
   for_lanes(i, end, body);
 }
+
+LIMBECK_INLINE void add(Vec& to, Vec v) { to += v; }
+LIMBECK_INLINE void add(Vec& to, const Pair& v) { to += v.v[0] + v.v[1]; }
 
 // The sum of value(i, lanes) over [0, n), in four chains.
 template <class Value>

@@ -75,18 +75,19 @@ struct Slopes {
   template <Gate G>
   static void run(void* ctx, const Block& block) {
     const Slopes s = *static_cast<const Slopes*>(ctx);
-    for (int64_t i = block.i0; i < block.i0 + block.rows; ++i) {
+    each_row_of(block, [&](int64_t i, auto over) __attribute__((always_inline)) {
       const int64_t first = i * s.f + block.j0;
       float* const act = s.act ? s.act + s.layout.at(i, block.sliver) : nullptr;
-      for_pairs(first, first + block.cols, [&](int64_t at, auto lanes) {
+      over([&](int64_t k, auto lanes) __attribute__((always_inline)) {
+        const int64_t at = first + k;
         const auto gate = lanes.get(s.gate + at), up = lanes.get(s.up + at), d = lanes.get(s.dact + at);
         auto value = gate, slope = gate;
         gate_slope<G>(gate, value, slope);
-        if (act) store(act + at - first, value * up);
+        if (act) store(act + k, value * up);
         if (s.dgate) lanes.put(s.dgate + at, d * up * slope);
         if (s.dup) lanes.put(s.dup + at, d * value);
       });
-    }
+    });
   }
 };
 

@@ -19,18 +19,17 @@ struct BoundedTile {
   static void run(void* ctx, const Block& b) {
     const BoundedTile t = *static_cast<const BoundedTile*>(ctx);
     const float inverse = 1.f / t.cap;
-    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
+    each_row_of(b, [&](int64_t i, auto over) __attribute__((always_inline)) {
       if (const int64_t y = t.target[i]; y >= b.j0 && y < b.j0 + b.cols) t.target_z[i] = (tanh(splat(t.z[i * t.ld + y]) * inverse) * t.cap)[0];
-      float* row = t.z + i * t.ld + b.j0;
+      float* const row = t.z + i * t.ld + b.j0;
       Vec total{};
-      each_vec(row, b.cols, [&](int64_t k, int64_t lanes, Vec u) {
-        const Vec s = tanh(u * inverse);
-        const Vec e = exp_inside(s * t.cap);
-        total += keep(e, lanes);
-        if (t.gradient) put(row + k, e - e * s * s, lanes);
+      over([&](int64_t k, auto lanes) __attribute__((always_inline)) {
+        const auto s = tanh(lanes.get(row + k) * inverse), e = exp_inside(s * t.cap);
+        add(total, lanes.keep(e));
+        if (t.gradient) lanes.put(row + k, e - e * s * s);
       });
       t.sums[i * t.slots + b.sliver] = sum(total);
-    }
+    });
   }
   TileHook hook() { return {run, this}; }
 };

@@ -173,16 +173,21 @@ struct LogitTile {
 
   static void run(void* ctx, const Block& b) {
     const LogitTile t = *static_cast<const LogitTile*>(ctx);
-    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) t.make(t.z + i * t.ld + b.j0, b.cols, i * t.slots + b.sliver);
+    if (t.cap > 0) t.bend(b);
+    if (!t.sums) return;
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) t.add_up(t.z + i * t.ld + b.j0, b.cols, i * t.slots + b.sliver);
   }
   TileHook hook() { return {run, this}; }
 
-  LIMBECK_INLINE void make(float* row, int64_t n, int64_t slot) const {
-    if (cap > 0) {
-      const float inverse = 1.f / cap;
-      each_vec(row, n, [&](int64_t j, int64_t lanes, Vec u) { put(row + j, tanh(u * inverse) * cap, lanes); });
-    }
-    if (!sums) return;
+  LIMBECK_INLINE void bend(const Block& b) const {
+    const float inverse = 1.f / cap;
+    each_row_of(b, [&](int64_t i, auto over) __attribute__((always_inline)) {
+      float* const row = z + i * ld + b.j0;
+      over([&](int64_t k, auto lanes) __attribute__((always_inline)) { lanes.put(row + k, tanh(lanes.get(row + k) * inverse) * cap); });
+    });
+  }
+
+  LIMBECK_INLINE void add_up(const float* row, int64_t n, int64_t slot) const {
     const float top = tops ? row_max(row, n) : 0.f;
     Vec warm{};
     each_vec(row, n, [&](int64_t, int64_t lanes, Vec u) { warm += keep(tops ? exp((u - top) * inverse_t) : exp_inside(u * inverse_t), lanes); });

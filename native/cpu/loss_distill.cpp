@@ -133,30 +133,30 @@ struct ForwardKlTile {
   static void run(void* ctx, const Block& b) {
     const ForwardKlTile x = *static_cast<const ForwardKlTile*>(ctx);
     const float inverse = 1.f / x.cap, heat = x.cap * x.inverse_t;
-    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) {
+    each_row_of(b, [&](int64_t i, auto over) __attribute__((always_inline)) {
       if (const int64_t y = x.target ? x.target[i] : -1; y >= b.j0 && y < b.j0 + b.cols)
         x.target_z[i] = (tanh(splat(x.z[i * x.ld + y]) * inverse) * x.cap)[0];
-      const int64_t slot = i * x.slots + b.sliver;
       float *zs = x.z + i * x.ld + b.j0, *ts = x.t + i * x.ld + b.j0;
       Vec student{}, teacher{}, ratio{}, cold{};
-      each_vec(zs, b.cols, [&](int64_t k, int64_t lanes, Vec u) {
-        const Vec s = tanh(u * inverse), slope = 1.f - s * s;
-        const Vec zt = s * heat, tt = load_upto(ts + k, lanes) * x.inverse_t;
-        const Vec ez = keep(exp_inside(zt), lanes), et = keep(exp_inside(tt), lanes);
-        student += ez;
-        teacher += et;
-        ratio += et * (tt - zt);
-        if (x.cold_sums) cold += keep(exp_inside(s * x.cap), lanes);
+      over([&](int64_t k, auto lanes) __attribute__((always_inline)) {
+        const auto s = tanh(lanes.get(zs + k) * inverse), slope = 1.f - s * s;
+        const auto zt = s * heat, tt = lanes.get(ts + k) * x.inverse_t;
+        const auto ez = lanes.keep(exp_inside(zt)), et = lanes.keep(exp_inside(tt));
+        add(student, ez);
+        add(teacher, et);
+        add(ratio, et * (tt - zt));
+        if (x.cold_sums) add(cold, lanes.keep(exp_inside(s * x.cap)));
         if (x.gradient) {
-          put(zs + k, ez * slope, lanes);
-          put(ts + k, et * slope, lanes);
+          lanes.put(zs + k, ez * slope);
+          lanes.put(ts + k, et * slope);
         }
       });
+      const int64_t slot = i * x.slots + b.sliver;
       x.student_sums[slot] = sum(student);
       x.teacher_sums[slot] = sum(teacher);
       x.ratio_sums[slot] = sum(ratio);
       if (x.cold_sums) x.cold_sums[slot] = sum(cold);
-    }
+    });
   }
   TileHook hook() { return {run, this, {t}}; }
 };
