@@ -15,6 +15,7 @@ namespace limbeck {
 namespace {
 
 constexpr size_t kLine = 64;
+
 struct Buffer {
   void* data = nullptr;
   size_t bytes = 0;

@@ -71,14 +71,14 @@ struct Block {
   int64_t i0, rows, sliver, j0, cols;
 };
 
-// row(i, over) for each row of a block, where over(body) calls body(column, lanes) for its vectors. Two of them, as nearly always, are taken
-// at once without a loop: constants then stay in registers from row to row.
+// row(i, over) for each row of a block, where over(body) calls body(column, lanes) for its vectors. A sliver of just two, the usual one on
+// x86-64, is taken without a loop: constants then stay in registers from row to row.
 template <class Row>
 LIMBECK_INLINE void each_row_of(const Block& b, Row&& row) {
   if (b.cols == 2 * W)
     for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) row(i, [](auto body) __attribute__((always_inline)) { body(int64_t{0}, TwoVectors{}); });
   else
-    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) row(i, [&b](auto body) __attribute__((always_inline)) { for_lanes(0, b.cols, body); });
+    for (int64_t i = b.i0; i < b.i0 + b.rows; ++i) row(i, [&b](auto body) __attribute__((always_inline)) { for_pairs(0, b.cols, body); });
 }
 
 // Called once for each finished block of C, on the thread that made it, while it is still in cache. How many rows are in a block depends on
